@@ -1,0 +1,134 @@
+"""A request as the queue carries it, how an attempt at it ends, and what is said to and by workers besides frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from msgspec import Raw, Struct
+
+from schemas.errors import Fault
+from schemas.ids import IngressId, KeyId, Nonce, OrgId, RequestId, RouteId, WorkerId
+from schemas.money import Price, Usage
+
+
+class Lane(StrEnum):
+    """How urgent a job is; a worker asks for the interactive lane first."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class Timeouts(Struct, frozen=True, kw_only=True):
+    """The four time-outs of a request, in seconds."""
+
+    queue_s: float = 60.0  # accepted -> started
+    first_token_s: float = 300.0  # started -> first chunk
+    idle_s: float = 120.0  # between chunks
+    total_s: float = 3600.0  # accepted -> last byte
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """One attempt at a request, as published to JOBS."""
+
+    request_id: RequestId
+    epoch: int  # 1 for the first attempt
+    ingress: IngressId
+    nonce: Nonce
+    org: OrgId
+    key_id: KeyId
+    model: str  # the public name
+    route: RouteId
+    stream: bool
+    accepted_ns: int  # UTC
+    timeouts: Timeouts
+    body: Raw  # the client's JSON, untouched
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completed:
+    """The provider finished. *usage* is its own figure, None if it gave none."""
+
+    usage: Usage | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """The provider could not."""
+
+    fault: Fault
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cancelled:
+    """The ingress said to stop, mostly because its client left."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandedBack:
+    """The worker stopped as planned, through no fault of its own."""
+
+    reason: str
+
+
+Outcome = Completed | Failed | Cancelled | HandedBack
+
+
+class Cancel(Struct, frozen=True, kw_only=True, tag_field="t", tag="cancel"):
+    """To a worker: stop this attempt, down to the provider's connection."""
+
+    nonce: Nonce
+    reason: str = "client_left"
+
+
+class Resend(Struct, frozen=True, kw_only=True, tag_field="t", tag="resend"):
+    """To a worker: send the attempt's frames again, from *seq* on."""
+
+    nonce: Nonce
+    seq: int
+
+
+class Announce(Struct, frozen=True, kw_only=True, tag_field="t", tag="announce"):
+    """To every worker: say now who you are (an ingress has just started)."""
+
+
+Command = Cancel | Resend | Announce
+
+
+class ModelOffer(Struct, frozen=True, kw_only=True):
+    """A model that a worker serves on a route, and at what price."""
+
+    name: str
+    price: Price
+
+
+class RouteOffer(Struct, frozen=True, kw_only=True):
+    route: RouteId
+    provider: str
+    models: tuple[ModelOffer, ...]
+    slots: int
+    free: int
+
+
+class WorkerState(StrEnum):
+    SERVING = "serving"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class Presence(Struct, frozen=True, kw_only=True):
+    """What a worker says of itself every `PRESENCE_EVERY_S`, and at once when its state changes."""
+
+    worker: WorkerId
+    state: WorkerState
+    routes: tuple[RouteOffer, ...]
+    reason: str | None = None  # why it isn't serving
+    started_ns: int = 0  # UTC, when the process began
+    version: str = ""
+
+
+PRESENCE_EVERY_S = 2.0
+PRESENCE_MISSED_MAX = 3

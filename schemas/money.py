@@ -1,0 +1,85 @@
+"""Money: exact integers, never a float.
+
+A price is whole micro-dollars per million tokens. That is the same number as pico-dollars per token, so
+tokens x price is whole pico-dollars and nothing is ever rounded.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import NewType
+
+from msgspec import Struct
+
+Pico = NewType("Pico", int)  # pico-dollars: 10**12 of them are one US dollar
+
+PICO_PER_DOLLAR = 10**12
+MICRO_PER_DOLLAR = 10**6
+
+
+class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Tokens of one request, as OpenAI counts them: the classes are parts of the two totals, not additions to them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # part of prompt_tokens
+    reasoning_tokens: int = 0  # part of completion_tokens
+    audio_prompt_tokens: int = 0  # part of prompt_tokens
+    audio_completion_tokens: int = 0  # part of completion_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Price(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Whole micro-dollars per million tokens of each class; a class without its own price has its total's."""
+
+    input: int = 0
+    output: int = 0
+    cached_input: int | None = None
+    reasoning: int | None = None
+    audio_input: int | None = None
+    audio_output: int | None = None
+
+
+FREE = Price()
+
+
+def cost(usage: Usage, price: Price) -> Pico:
+    """What *usage* costs at *price*, exact. Each token is counted once, in its dearest-named class."""
+    audio_in = min(usage.audio_prompt_tokens, usage.prompt_tokens)
+    cached = min(usage.cached_tokens, usage.prompt_tokens - audio_in)
+    audio_out = min(usage.audio_completion_tokens, usage.completion_tokens)
+    reasoning = min(usage.reasoning_tokens, usage.completion_tokens - audio_out)
+    return Pico(
+        (usage.prompt_tokens - audio_in - cached) * price.input
+        + cached * _or(price.cached_input, price.input)
+        + audio_in * _or(price.audio_input, price.input)
+        + (usage.completion_tokens - audio_out - reasoning) * price.output
+        + reasoning * _or(price.reasoning, price.output)
+        + audio_out * _or(price.audio_output, price.output)
+    )
+
+
+def micro_per_million(dollars: Decimal | int | str) -> int:
+    """A price as people write it, US dollars per million tokens, as whole micro-dollars per million tokens.
+
+    Raises: ValueError if it is negative or finer than a micro-dollar.
+    """
+    micro = Decimal(dollars) * MICRO_PER_DOLLAR
+    if not micro.is_finite() or micro < 0 or micro != micro.to_integral_value():
+        raise ValueError(
+            f"a price must be zero or more and whole micro-dollars per million tokens, not {dollars} dollars"
+        )
+    return int(micro)
+
+
+def dollars(pico: int) -> str:
+    """*pico* as exact decimal dollars with twelve places, for people."""
+    sign, whole = ("-", -pico) if pico < 0 else ("", pico)
+    return f"{sign}{whole // PICO_PER_DOLLAR}.{whole % PICO_PER_DOLLAR:012d}"
+
+
+def _or(own: int | None, total: int) -> int:
+    return total if own is None else own

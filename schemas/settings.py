@@ -1,0 +1,199 @@
+"""Every setting and its default, and the only reader of files and environment.
+
+penstock.toml, then ``PENSTOCK_<SECTION>_<NAME>`` from the environment, then flags: merged raw, converted once, passed down.
+Unknown names are errors, so that a typing mistake can't pass for a setting.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from schemas.errors import SetupError
+from schemas.ids import RouteId
+from schemas.jobs import Timeouts
+from schemas.money import Price, micro_per_million
+
+MIB = 1024 * 1024
+
+
+class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class NatsSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Streams and the embedded server. *replicas* is 1 for a single server and 3 for a cluster."""
+
+    replicas: int = 1
+    max_memory_store_bytes: int = 1024 * MIB
+    max_file_store_bytes: int = 20 * 1024 * MIB
+    max_payload_bytes: int = 24 * MIB
+    jobs_max_bytes: int = 512 * MIB
+    backlog_per_org: int = 1024  # jobs of one (model, route, lane, org) that may wait
+    events_max_age_s: int = 30 * 24 * 3600
+
+
+class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body_bytes: int = 20 * MIB
+    body_timeout_s: float = 30.0
+    max_header_bytes: int = 64 * 1024
+    header_timeout_s: float = 30.0
+    max_concurrent_requests: int = 4096
+    max_connections: int = 8192
+    keep_alive_comment_s: float = 15.0
+    max_buffered_bytes: int = 8 * MIB  # frames of one stream that its client has not read yet
+    drain_s: float = 30.0
+    timeouts: Timeouts = Timeouts()
+
+
+class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    drain_s: float = 30.0
+    connect_timeout_s: float = 10.0
+    first_byte_timeout_s: float = 300.0
+    idle_timeout_s: float = 120.0
+    max_kept_bytes: int = 8 * MIB  # frames of one attempt kept for a resend
+    max_response_bytes: int = 64 * MIB  # a provider's answer without streaming
+    max_event_bytes: int = 8 * MIB  # one event of a provider's stream
+
+
+class LedgerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: int = 0  # any free one
+    batch_pages: int = 2000
+    sql_timeout_s: float = 30.0
+    sql_max_rows: int = 100_000
+    sql_memory_mib: int = 1024
+    sql_threads: int = 2
+    sql_max_concurrent: int = 4
+    sql_max_result_bytes: int = 64 * MIB
+
+
+class UpSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    workers: int = 1  # worker processes; each serves every configured route
+
+
+class ModelSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    upstream: str | None = None  # what the provider calls it; default: the same
+    price: Price = Price()  # written in US dollars per million tokens, kept exact
+
+    @property
+    def upstream_name(self) -> str:
+        return self.upstream or self.name
+
+
+class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A place that jobs can be sent to. *api_keys* are references: ``env:NAME`` or ``file:PATH``."""
+
+    id: RouteId
+    provider: str
+    base_url: str | None = None
+    api_keys: tuple[str, ...] = ()
+    max_concurrency: int = 64
+    models: tuple[ModelSettings, ...] = ()
+    tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
+    delay_ms: float = 0.0  # echo: before its first token
+
+
+class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    home: str | None = None
+    nats: NatsSettings = NatsSettings()
+    ingress: IngressSettings = IngressSettings()
+    worker: WorkerSettings = WorkerSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    up: UpSettings = UpSettings()
+    routes: tuple[RouteSettings, ...] = ()
+
+
+SECTIONS = ("nats", "ingress", "worker", "ledger", "up")
+
+
+def load(config: Path | None, environ: Mapping[str, str] | None = None, **flags: Mapping[str, Any]) -> Settings:
+    """The settings from the file *config* (none: defaults), *environ* and *flags* (``ingress={"port": 0}``), later ones winning.
+
+    Raises: SetupError that names the file and the setting.
+    """
+    raw: dict[str, Any] = {}
+    if config is not None:
+        raw = _from_file(config)
+    for section, values in _from_environ(os.environ if environ is None else environ).items():
+        raw[section] = {**raw.get(section, {}), **values}
+    for section, flag_values in flags.items():
+        given = {name: value for name, value in flag_values.items() if value is not None}
+        raw[section] = {**raw.get(section, {}), **given}
+    try:
+        _price_micro(raw)
+        settings = msgspec.convert(raw, Settings, strict=False)
+    except (msgspec.ValidationError, ValueError, ArithmeticError, TypeError) as error:
+        raise SetupError(f"{config or 'settings'}: {error}") from error
+    _check(settings, config)
+    return settings
+
+
+def secret(reference: str, environ: Mapping[str, str] | None = None) -> str:
+    """The secret behind ``env:NAME`` or ``file:PATH``.
+
+    Raises: SetupError if there is none; its message never holds the secret.
+    """
+    scheme, _, place = reference.partition(":")
+    if scheme == "env":
+        value = (os.environ if environ is None else environ).get(place, "")
+    elif scheme == "file":
+        try:
+            value = Path(place).read_text(encoding="utf-8")
+        except OSError as error:
+            raise SetupError(f"the secret file {place} can't be read: {error.strerror}") from error
+    else:
+        raise SetupError("a secret is written as env:NAME or file:PATH, never as itself")
+    if not value.strip():
+        raise SetupError(f"the secret {reference} is empty or not set")
+    return value.strip()
+
+
+def _from_file(config: Path) -> dict[str, Any]:
+    try:
+        with config.open("rb") as file:
+            return tomllib.load(file, parse_float=Decimal)
+    except OSError as error:
+        raise SetupError(f"{config} can't be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(f"{config} is not TOML: {error}") from error
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """``PENSTOCK_INGRESS_MAX_BODY_BYTES=1`` is ``{"ingress": {"max_body_bytes": "1"}}``."""
+    found: dict[str, dict[str, str]] = {}
+    for section in SECTIONS:
+        prefix = f"PENSTOCK_{section.upper()}_"
+        values = {k.removeprefix(prefix).lower(): v for k, v in environ.items() if k.startswith(prefix)}
+        if values:
+            found[section] = values
+    return found
+
+
+def _price_micro(raw: dict[str, Any]) -> None:
+    """Prices as people write them become whole micro-dollars, in place."""
+    for route in raw.get("routes", ()):
+        for model in route.get("models", ()):
+            if "price" in model:
+                model["price"] = {name: micro_per_million(value) for name, value in model["price"].items()}
+
+
+def _check(settings: Settings, config: Path | None) -> None:
+    ids = [route.id for route in settings.routes]
+    for doubled in {i for i in ids if ids.count(i) > 1}:
+        raise SetupError(f"{config}: two routes have the id {doubled!r}")
+    for route in settings.routes:
+        if not route.models and route.provider != "echo":
+            raise SetupError(f"{config}: route {route.id!r} has no [[routes.models]]")
+        if not 0 < route.max_concurrency <= 100_000:
+            raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")

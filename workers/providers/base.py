@@ -1,0 +1,52 @@
+"""What every provider is: one method in, one stream of chunks out, one way to close.
+
+A provider turns a job into chunks and knows nothing of queues, frames or numbers. Cancelling the task that iterates (or
+closing the iterator) must stop the work down to the provider's connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from schemas.jobs import Job
+from schemas.money import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer.
+
+    *members* is a raw JSON object as schemas/frames.py describes it (``choices`` and the provider's further members,
+    without ``id``, ``object``, ``created``, ``model`` and ``usage``), or None when the piece only brings usage.
+    *tokens* are the completion tokens in it: exact where the provider tells, else estimated.
+    *usage* is the provider's latest figure, with *usage_raw* the same as it wrote it.
+    """
+
+    members: bytes | None
+    tokens: int = 0
+    finish_reason: str | None = None  # of the choice with index 0
+    usage: Usage | None = None
+    usage_raw: bytes | None = None
+    upstream_id: str | None = None
+
+
+class Provider(Protocol):
+    """A place that can generate.
+
+    For ``job.stream`` the chunks' choices have a ``delta``; without, there is one chunk with members, whose choices have
+    a ``message``.
+    """
+
+    name: str  # as the configuration says it: "openai", "echo", ...
+
+    def upstream_model(self, model: str) -> str:
+        """What the provider calls the public name *model*."""
+        ...
+
+    def generate(self, job: Job) -> AsyncIterator[Chunk]:
+        """Raises: a subclass of schemas.errors.Fault when the provider can't; nothing else of the provider's."""
+        ...
+
+    async def aclose(self) -> None: ...
