@@ -1,0 +1,141 @@
+"""A stream read in order from a sequence number on, refusing gaps.
+
+An explicit-ack consumer with a high-water mark loses events, because redelivery is out of order. So this reads with an
+AckNone consumer that begins behind the reader's own position; whenever a message isn't the next one, the consumer is made
+anew, and if the next one still isn't there, it is gone: `StreamGap`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import NamedTuple
+
+from nats.aio.msg import Msg
+
+from bus.connection import Connection
+from bus.puller import Puller
+from bus.streams import SECOND_NS, ensure_consumer, stream_state
+from schemas.errors import PenstockError
+from schemas.ids import new_name
+
+WINDOW = 512  # messages asked for and not handed out yet
+READER_IDLE_S = 30
+
+
+class StoredMessage(NamedTuple):
+    subject: str
+    seq: int
+    data: bytes
+
+
+class StreamGap(PenstockError):
+    """Messages are missing from the stream."""
+
+    code = "stream_gap"
+
+    def __init__(self, *, stream: str, expected: int, got: int) -> None:
+        super().__init__(f"{stream} has no message {expected}: the next one is {got}")
+        self.expected = expected
+        self.got = got
+
+
+class OrderedReader:
+    """Reads *stream* from the message behind *after* on.
+
+    With *last_per_subject* it begins with the last message on each subject (for a fold) and then goes on with what is new;
+    holes are normal then, and only the order is kept.
+    """
+
+    def __init__(self, connection: Connection, *, stream: str, after: int = 0, last_per_subject: bool = False) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._seen = after  # the last message received
+        self._handed = after  # the last message handed out
+        self._fold = last_per_subject
+        self._fresh = True  # nothing has come from the present consumer yet
+        self._waiting: deque[StoredMessage] = deque()
+        self._arrived = asyncio.Event()
+        self._gap: StreamGap | None = None
+        self._behind = 0
+        self._puller = Puller(connection, stream=stream, ensure=self._make_consumer, on_message=self._on_message)
+
+    async def start(self) -> None:
+        """Raises: ApiError, BusUnavailable."""
+        await self._puller.start()
+        self._puller.grant(WINDOW)
+
+    async def close(self) -> None:
+        await self._puller.stop()
+
+    @property
+    def caught_up(self) -> bool:
+        """Nothing was left to read when the last message came, or when the reader began."""
+        return self._behind == 0 and not self._waiting
+
+    async def pending(self) -> int:
+        """How many stored messages have not been handed out yet.
+
+        Raises: ApiError, BusUnavailable.
+        """
+        state = await stream_state(self._connection, self._stream)
+        return max(0, int(state["last_seq"]) - self._handed)
+
+    async def batch(self, *, max_messages: int, wait_s: float) -> list[StoredMessage]:
+        """What is there, at most *max_messages*; waits up to *wait_s* for the first. May be empty.
+
+        Raises: StreamGap.
+        """
+        if not self._waiting and self._gap is None:
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._arrived.wait()
+            except TimeoutError:
+                return []
+        if self._gap is not None and not self._waiting:
+            raise self._gap
+        taken = [self._waiting.popleft() for _ in range(min(max_messages, len(self._waiting)))]
+        self._handed = taken[-1].seq
+        self._puller.grant(len(taken))
+        return taken
+
+    async def _make_consumer(self) -> str:
+        config: dict[str, object] = {
+            "name": new_name("reader"),
+            "ack_policy": "none",
+            "mem_storage": True,
+            "num_replicas": 1,
+            "inactive_threshold": READER_IDLE_S * SECOND_NS,
+        }
+        if self._fold and self._seen == 0:
+            config["deliver_policy"] = "last_per_subject"
+            config["filter_subjects"] = [f"{self._stream.lower()}.>"]
+        else:
+            config["deliver_policy"] = "by_start_sequence"
+            config["opt_start_seq"] = self._seen + 1
+        answer = await ensure_consumer(self._connection, self._stream, config)
+        self._fresh = True
+        self._behind = int(answer["num_pending"])
+        return str(answer["name"])
+
+    async def _on_message(self, msg: Msg) -> None:
+        metadata = msg.metadata
+        seq, behind = metadata.sequence.stream, metadata.num_pending or 0
+        if seq <= self._seen or self._gap is not None:
+            self._puller.grant(1)  # from a consumer that we have left
+            return
+        if not self._fold and seq != self._seen + 1:
+            if self._fresh:
+                self._gap = StreamGap(stream=self._stream, expected=self._seen + 1, got=seq)
+                self._arrived.set()
+            else:
+                self._fresh = True
+                self._puller.grant(1)
+                self._puller.renew()
+            return
+        self._fresh = False
+        self._seen = seq
+        self._behind = behind
+        self._waiting.append(StoredMessage(msg.subject, seq, msg.data))
+        self._arrived.set()

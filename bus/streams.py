@@ -1,0 +1,116 @@
+"""What each stream and consumer must look like; makes it so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bus.connection import ApiError, Connection
+from schemas import subjects
+from schemas.jobs import Lane
+from schemas.settings import NatsSettings
+
+SECOND_NS = 1_000_000_000
+STREAM_EXISTS = 10058  # "stream name already in use with a different configuration"
+CONSUMERS_MAX = 20_000  # 2.15's default of 1000 would end at model 1001
+JOBS_MAX_AGE_S = 3600
+JOBS_DUPLICATES_S = 120
+EVENTS_DUPLICATES_S = 600  # longer than the log keeps trying a page
+PAGE_MAX_BYTES = 512 * 1024
+ACK_WAIT_S = 5  # from the pull to Started
+CONSUMER_IDLE_S = 600
+
+
+async def ensure_streams(connection: Connection, settings: NatsSettings) -> None:
+    """Makes the three streams, or brings them to these settings. Safe to call at any time, by any number of processes.
+
+    Raises: ApiError, BusUnavailable.
+    """
+    for config in (jobs_stream(settings), events_stream(settings), control_stream(settings)):
+        await _ensure_stream(connection, config)
+
+
+def jobs_stream(settings: NatsSettings) -> dict[str, Any]:
+    """Memory: a job is worth nothing once its client's connection is gone. Each org has its own bound on what waits."""
+    return {
+        "name": subjects.JOBS,
+        "subjects": [subjects.ALL_JOBS],
+        "storage": "memory",
+        "retention": "workqueue",
+        "discard": "new",
+        "discard_new_per_subject": True,
+        "max_msgs_per_subject": settings.backlog_per_org,
+        "max_bytes": settings.jobs_max_bytes,
+        "max_age": JOBS_MAX_AGE_S * SECOND_NS,
+        "max_consumers": CONSUMERS_MAX,
+        "allow_msg_ttl": True,
+        "duplicate_window": JOBS_DUPLICATES_S * SECOND_NS,
+        "num_replicas": settings.replicas,
+    }
+
+
+def events_stream(settings: NatsSettings) -> dict[str, Any]:
+    return {
+        "name": subjects.EVENTS,
+        "subjects": [subjects.ALL_EVENTS],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "deny_delete": True,
+        "deny_purge": True,
+        "max_age": settings.events_max_age_s * SECOND_NS,
+        "max_msg_size": PAGE_MAX_BYTES,
+        "duplicate_window": EVENTS_DUPLICATES_S * SECOND_NS,
+        "compression": "s2",
+        "allow_direct": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def control_stream(settings: NatsSettings) -> dict[str, Any]:
+    return {
+        "name": subjects.CONTROL,
+        "subjects": [subjects.ALL_CONTROL],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "deny_delete": True,
+        "deny_purge": True,
+        "allow_direct": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def job_consumer(*, route: str, lane: Lane, model: str | None = None) -> dict[str, Any]:
+    """A durable pull consumer with memory state, reaped when nobody has pulled for a while."""
+    return {
+        "durable_name": subjects.job_consumer(route=route, lane=lane, model=model),
+        "filter_subject": subjects.job_filter(route=route, lane=lane, model=model),
+        "ack_policy": "explicit",
+        "ack_wait": ACK_WAIT_S * SECOND_NS,
+        "max_ack_pending": 20_000,
+        "max_waiting": 10_000,
+        "mem_storage": True,
+        "inactive_threshold": CONSUMER_IDLE_S * SECOND_NS,
+    }
+
+
+async def ensure_consumer(connection: Connection, stream: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Makes the consumer if there is none, and returns what the server says of it."""
+    name = config.get("durable_name") or config["name"]
+    return await connection.api(f"CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": config})
+
+
+async def stream_state(connection: Connection, stream: str) -> dict[str, Any]:
+    """``first_seq``, ``last_seq``, ``messages``, … of a stream."""
+    answer = await connection.api(f"STREAM.INFO.{stream}")
+    state: dict[str, Any] = answer["state"]
+    return state
+
+
+async def _ensure_stream(connection: Connection, config: dict[str, Any]) -> None:
+    try:
+        await connection.api(f"STREAM.CREATE.{config['name']}", config)
+    except ApiError as error:
+        if error.error_code != STREAM_EXISTS:
+            raise
+        await connection.api(f"STREAM.UPDATE.{config['name']}", config)
