@@ -1,0 +1,391 @@
+"""POST /v1/chat/completions as the API stands: the request in full, how a body becomes one or is refused, and the answers.
+
+The Struct is for checking a body and for what the ingress must know of it. The body itself travels on untouched, with the
+fields and types that nobody has heard of yet: what is not documented is never refused here (ADR 0030). Nor are ranges that
+differ from provider to provider; where the API takes an optional field, null is taken too.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Raw, Struct, field
+
+from schemas.errors import BadRequest
+from schemas.messages import CustomToolCall, FunctionCall, FunctionToolCall, Message, Part, ToolCall, tags_of
+from schemas.options import (
+    AudioOutput,
+    FunctionDefinition,
+    Moderation,
+    Named,
+    Prediction,
+    PromptCacheOptions,
+    ResponseFormat,
+    StreamOptions,
+    Tool,
+    ToolChoice,
+    WebSearchOptions,
+)
+from schemas.refusals import broken, refusal
+
+Count = Annotated[int, Meta(ge=0)]
+Choices = Annotated[int, Meta(ge=1, le=128)]
+
+
+class ChatRequest(Struct, frozen=True, kw_only=True):
+    """A chat completion request. ``messages`` is the client's JSON, already checked; hash it as it is."""
+
+    model: Annotated[str, Meta(min_length=1)]
+    messages: Raw
+    audio: AudioOutput | None = None
+    frequency_penalty: float | None = None
+    function_call: str | Named | None = None
+    functions: tuple[FunctionDefinition, ...] | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    max_completion_tokens: Count | None = None
+    max_tokens: Count | None = None
+    metadata: dict[str, str] | None = None
+    modalities: tuple[str, ...] | None = None
+    moderation: Moderation | None = None
+    given_n: Choices | None = field(default=None, name="n")
+    parallel_tool_calls: bool | None = None
+    prediction: Prediction | None = None
+    presence_penalty: float | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    response_format: ResponseFormat | None = None
+    safety_identifier: str | None = None
+    seed: int | None = None
+    service_tier: str | None = None
+    stop: str | tuple[str, ...] | None = None
+    store: bool | None = None
+    given_stream: bool | None = field(default=None, name="stream")
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    tool_choice: str | ToolChoice | None = None
+    tools: tuple[Tool, ...] | None = None
+    top_logprobs: Count | None = None
+    top_p: float | None = None
+    user: str | None = None
+    verbosity: str | None = None
+    web_search_options: WebSearchOptions | None = None
+
+    @property
+    def messages_raw(self) -> bytes:
+        """The messages byte for byte as sent; a copy, where a hash could read ``messages`` itself."""
+        return bytes(self.messages)
+
+    @property
+    def stream(self) -> bool:
+        return self.given_stream is True
+
+    @property
+    def n(self) -> int:
+        return 1 if self.given_n is None else self.given_n
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage: only when asked for."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def include_obfuscation(self) -> bool:
+        """Whether a stream's chunks are padded against the guessing of tokens by their length: unless refused."""
+        return self.stream_options is None or self.stream_options.include_obfuscation is not False
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """The most tokens of each choice: the new name wins over the old one; None is no limit."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TopLogprob(Struct, frozen=True, kw_only=True):
+    token: str
+    logprob: float
+    bytes: tuple[int, ...] | None = None
+
+
+class TokenLogprob(TopLogprob, frozen=True, kw_only=True):
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+class Logprobs(Struct, frozen=True, kw_only=True):
+    content: tuple[TokenLogprob, ...] | None = None
+    refusal: tuple[TokenLogprob, ...] | None = None
+
+
+class PromptTokensDetails(Struct, frozen=True, kw_only=True):
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    audio_tokens: int | None = None
+    image_tokens: int | None = None
+    text_tokens: int | None = None
+
+
+class CompletionTokensDetails(Struct, frozen=True, kw_only=True):
+    reasoning_tokens: int | None = None
+    audio_tokens: int | None = None
+    text_tokens: int | None = None
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+
+
+class CompletionUsage(Struct, frozen=True, kw_only=True):
+    """Tokens as clients see them; the details are parts of the totals."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
+
+
+class UrlCitation(Struct, frozen=True, kw_only=True):
+    url: str
+    title: str
+    start_index: int
+    end_index: int
+
+
+class Annotation(Struct, frozen=True, kw_only=True):
+    type: Literal["url_citation"]
+    url_citation: UrlCitation
+
+
+class AnswerAudio(Struct, frozen=True, kw_only=True):
+    id: str
+    data: str  # base64
+    expires_at: int  # Unix seconds
+    transcript: str
+
+
+class AnswerMessage(Struct, frozen=True, kw_only=True):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None = None
+    annotations: tuple[Annotation, ...] | None = None
+    audio: AnswerAudio | None = None
+    function_call: FunctionCall | None = None
+    tool_calls: tuple[FunctionToolCall | CustomToolCall, ...] | None = None
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    index: int
+    message: AnswerMessage
+    finish_reason: FinishReason
+    logprobs: Logprobs | None = None
+
+
+class ChatCompletion(Struct, frozen=True, kw_only=True):
+    """The answer to a request without streaming."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int  # Unix seconds
+    model: str
+    choices: tuple[Choice, ...]
+    usage: CompletionUsage | None = None
+    service_tier: str | None = None
+    system_fingerprint: str | None = None
+
+
+class FunctionCallDelta(Struct, frozen=True, kw_only=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Struct, frozen=True, kw_only=True):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta | None = None
+
+
+class AudioDelta(Struct, frozen=True, kw_only=True):
+    id: str | None = None
+    data: str | None = None
+    expires_at: int | None = None
+    transcript: str | None = None
+
+
+class Delta(Struct, frozen=True, kw_only=True):
+    role: str | None = None
+    content: str | None = None
+    refusal: str | None = None
+    audio: AudioDelta | None = None
+    function_call: FunctionCallDelta | None = None
+    tool_calls: tuple[ToolCallDelta, ...] | None = None
+
+
+class ChunkChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    delta: Delta
+    finish_reason: FinishReason | None
+    logprobs: Logprobs | None = None
+
+
+class ChatCompletionChunk(Struct, frozen=True, kw_only=True):
+    """One event of a stream. All chunks have the same id and created."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int  # Unix seconds
+    model: str
+    choices: tuple[ChunkChoice, ...]  # empty in the chunk of usage
+    usage: CompletionUsage | None = None
+    obfuscation: str | None = None
+    service_tier: str | None = None
+    system_fingerprint: str | None = None
+
+
+class ErrorDetail(Struct, frozen=True, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(Struct, frozen=True, kw_only=True):
+    """Every error of the API, also inside a stream."""
+
+    error: ErrorDetail
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int  # Unix seconds
+    owned_by: str
+
+
+class ModelList(Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: tuple[Model, ...]
+
+
+class ModelDeleted(Struct, frozen=True, kw_only=True):
+    """What DELETE of a model says. Models are routes here and not deleted by clients: *deleted* is always false."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = False
+
+
+class _OnlyMessages(Struct, frozen=True):
+    messages: Raw
+
+
+_request = msgspec.json.Decoder(ChatRequest).decode
+_messages = msgspec.json.Decoder(tuple[Message, ...]).decode
+_only_messages = msgspec.json.Decoder(_OnlyMessages).decode
+_anything = msgspec.json.Decoder().decode
+
+_ROLES = {"role": tags_of(Message)}
+
+
+def decode_request(body: bytes) -> ChatRequest:
+    """The request in *body*.
+
+    Raises: BadRequest with a sentence for its sender and, where one is to blame, the parameter's name.
+    """
+    if not body or body.isspace():
+        raise BadRequest("The request body is empty. Send a JSON object with 'model' and 'messages'.")
+    _check_utf8(body)
+    try:
+        request = _decode_body(body)
+        messages = _decode_messages(request.messages)
+    except RecursionError as error:
+        raise BadRequest("The request body is nested too deeply.") from error
+    if not messages:
+        raise BadRequest("Invalid value for 'messages': expected at least one message.", param="messages")
+    return request
+
+
+def _decode_body(body: bytes) -> ChatRequest:
+    try:
+        return _request(body)
+    except msgspec.ValidationError as error:
+        return _decode_open_body(body, error)
+    except msgspec.DecodeError as error:
+        raise broken(error) from error
+
+
+def _decode_messages(raw: Raw) -> tuple[Message, ...]:
+    try:
+        return _messages(raw)
+    except msgspec.ValidationError as error:
+        return _decode_open_messages(raw, error)
+    except msgspec.DecodeError as error:
+        raise broken(error) from error
+
+
+def _decode_open_body(body: bytes, first: msgspec.ValidationError) -> ChatRequest:
+    """Looks again, more slowly, at what failed *first*: perhaps only because of a type that is not documented."""
+    tree = _tree(body, first, at="")
+    if isinstance(tree, dict):
+        _open(tree, "tools", Tool)
+        _open(tree, "tool_choice", ToolChoice)
+        _open(tree, "response_format", ResponseFormat)
+        if isinstance(prediction := tree.get("prediction"), dict):
+            _open(prediction, "content", Part)
+        if "messages" in tree:
+            tree["messages"] = _only_messages(body).messages
+    try:
+        return msgspec.convert(tree, ChatRequest)
+    except msgspec.ValidationError as error:
+        raise refusal(error) from error
+
+
+def _decode_open_messages(raw: Raw, first: msgspec.ValidationError) -> tuple[Message, ...]:
+    """As `_decode_open_body`."""
+    tree = _tree(raw, first, at="messages")
+    for message in tree if isinstance(tree, list) else ():
+        if isinstance(message, dict):
+            _open(message, "content", Part)
+            _open(message, "tool_calls", ToolCall)
+    try:
+        return msgspec.convert(tree, tuple[Message, ...])
+    except msgspec.ValidationError as error:
+        raise refusal(error, at="messages", values=_ROLES) from error
+
+
+def _tree(raw: bytes | Raw, first: msgspec.ValidationError, *, at: str) -> Any:
+    try:
+        return _anything(raw)
+    except msgspec.ValidationError as error:  # a number beyond a double's range; *first* knows where
+        raise refusal(first, at=at, values=_ROLES) from error
+    except msgspec.DecodeError as error:
+        raise broken(error) from error
+
+
+def _check_utf8(body: bytes) -> None:
+    """The decoder checks only the strings that it decodes, but the others travel on too."""
+    if body.isascii():
+        return
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"The request body is not valid UTF-8 (byte {error.start}).") from error
+
+
+def _open(holder: dict[str, Any], name: str, union: Any) -> None:
+    """Puts `Other` in place of what has a type that *union* doesn't know, so that the rest can still be checked."""
+    known = tags_of(union)
+    match holder.get(name):
+        case list(items):
+            holder[name] = [_or_other(item, known) for item in items]
+        case item:
+            if name in holder:
+                holder[name] = _or_other(item, known)
+
+
+def _or_other(item: Any, known: tuple[str, ...]) -> Any:
+    undocumented = isinstance(item, dict) and isinstance(item.get("type"), str) and item["type"] not in known
+    return {"type": "other"} if undocumented else item
