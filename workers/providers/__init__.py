@@ -1,0 +1,26 @@
+"""The providers that are known, by the name that a route's ``provider`` has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from schemas.errors import SetupError
+from schemas.settings import RouteSettings, WorkerSettings
+from workers.providers.base import Provider
+from workers.providers.echo import Echo
+
+_KNOWN: dict[str, Callable[[RouteSettings, WorkerSettings], Provider]] = {
+    "echo": lambda route, _: Echo.from_route(route),
+}
+
+
+def make_provider(route: RouteSettings, settings: WorkerSettings) -> Provider:
+    """The provider that *route* describes. It opens no connection before its first job.
+
+    Raises: SetupError if the route can't work as it is written.
+    """
+    make = _KNOWN.get(route.provider)
+    if make is None:
+        known = ", ".join(sorted(_KNOWN))
+        raise SetupError(f"route {route.id!r}: unknown provider {route.provider!r}; known are: {known}")
+    return make(route, settings)
