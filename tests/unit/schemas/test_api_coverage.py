@@ -17,14 +17,17 @@ from openai.types.chat import chat_completion_token_logprob as logprob
 from openai.types.chat import completion_create_params as create
 from typing_extensions import get_type_hints, is_typeddict
 
-from schemas import chat as ours
-from schemas import messages, options
+from schemas import answers, messages, options
+from schemas.chat import ChatRequest
 
 NOT_OURS = {
-    ours.ChatCompletion: {"metadata", "moderation"},  # of stored and moderated completions; they pass in the raw answer
-    ours.ChatCompletionChunk: {"moderation"},
-    ours.Model: {"shutdown_date"},
-    ours.ErrorDetail: {"misalignment"},
+    answers.ChatCompletion: {
+        "metadata",
+        "moderation",
+    },  # of stored and moderated completions; they pass in the raw answer
+    answers.ChatCompletionChunk: {"moderation"},
+    answers.Model: {"shutdown_date"},
+    answers.ErrorDetail: {"misalignment"},
 }
 
 
@@ -41,11 +44,11 @@ def sdk_names(model: Any) -> set[str]:
 
 def is_required(model: Any, name: str) -> bool:
     # not __required_keys__: it is wrong where annotations are strings
-    return typing.get_origin(get_type_hints(model, include_extras=True)[name]) is Required
+    return typing.get_origin(get_type_hints(model, include_extras=True)[name]) in (Required,)
 
 
 REQUESTS: list[tuple[type[msgspec.Struct], Any]] = [
-    (ours.ChatRequest, create.CompletionCreateParamsStreaming),
+    (ChatRequest, create.CompletionCreateParamsStreaming),
     (options.Moderation, create.Moderation),
     (options.ModerationPolicy, create.ModerationPolicy),
     (options.ModerationMode, create.ModerationPolicyInput),
@@ -86,21 +89,21 @@ REQUESTS: list[tuple[type[msgspec.Struct], Any]] = [
 ]
 
 ANSWERS: list[tuple[type[msgspec.Struct], Any]] = [
-    (ours.ChatCompletion, chat.ChatCompletion),
-    (ours.Choice, chat.chat_completion.Choice),
-    (ours.AnswerMessage, chat.ChatCompletionMessage),
-    (ours.AnswerAudio, chat.ChatCompletionAudio),
-    (ours.ChatCompletionChunk, chat.ChatCompletionChunk),
-    (ours.ChunkChoice, chat.chat_completion_chunk.Choice),
-    (ours.Delta, chat.chat_completion_chunk.ChoiceDelta),
-    (ours.ToolCallDelta, chat.chat_completion_chunk.ChoiceDeltaToolCall),
-    (ours.TokenLogprob, logprob.ChatCompletionTokenLogprob),
-    (ours.CompletionUsage, api.CompletionUsage),
-    (ours.PromptTokensDetails, api.completion_usage.PromptTokensDetails),
-    (ours.CompletionTokensDetails, api.completion_usage.CompletionTokensDetails),
-    (ours.ErrorDetail, shared.ErrorObject),
-    (ours.Model, api.Model),
-    (ours.ModelDeleted, api.ModelDeleted),
+    (answers.ChatCompletion, chat.ChatCompletion),
+    (answers.Choice, chat.chat_completion.Choice),
+    (answers.AnswerMessage, chat.ChatCompletionMessage),
+    (answers.AnswerAudio, chat.ChatCompletionAudio),
+    (answers.ChatCompletionChunk, chat.ChatCompletionChunk),
+    (answers.ChunkChoice, chat.chat_completion_chunk.Choice),
+    (answers.Delta, chat.chat_completion_chunk.ChoiceDelta),
+    (answers.ToolCallDelta, chat.chat_completion_chunk.ChoiceDeltaToolCall),
+    (answers.TokenLogprob, logprob.ChatCompletionTokenLogprob),
+    (answers.CompletionUsage, api.CompletionUsage),
+    (answers.PromptTokensDetails, api.completion_usage.PromptTokensDetails),
+    (answers.CompletionTokensDetails, api.completion_usage.CompletionTokensDetails),
+    (answers.ErrorDetail, shared.ErrorObject),
+    (answers.Model, api.Model),
+    (answers.ModelDeleted, api.ModelDeleted),
 ]
 
 
