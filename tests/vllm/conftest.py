@@ -1,0 +1,67 @@
+"""One real vLLM and one `penstock up` in front of it for the whole session; the official SDK pointed at either."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import AsyncIterator, Generator, Iterator
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.vllm.deployment import Deployment, penstock_up
+from tests.vllm.engine import Engine, serve_tiny_model
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    require_vllm()
+    with serve_tiny_model(tmp_path_factory.mktemp("vllm") / "vllm.log") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def deployment(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with penstock_up(engine, tmp_path_factory.mktemp("penstock")) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="session")
+def direct(engine: Engine) -> Iterator[OpenAI]:
+    """The engine itself, without Penstock: what its answers have to equal."""
+    with OpenAI(base_url=f"{engine.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(deployment: Deployment) -> Iterator[OpenAI]:
+    with OpenAI(base_url=deployment.base_url, api_key=deployment.api_key, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(deployment: Deployment) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=deployment.base_url, api_key=deployment.api_key, max_retries=0) as client:
+        yield client
+
+
+def require_vllm() -> None:
+    """Without vLLM the tests are skipped, and fail where they are what was asked for."""
+    if importlib.util.find_spec("vllm") is not None:
+        return
+    if os.environ.get("REQUIRE_VLLM") == "1":
+        pytest.fail("REQUIRE_VLLM is set and vLLM is not installed", pytrace=False)
+    pytest.skip("vLLM is not installed; `make test-vllm` makes its environment and runs these tests")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows the end of both servers' logs."""
+    report = yield
+    if report.failed:
+        running: dict[str, Any] = getattr(item, "funcargs", {})
+        for name in ("engine", "deployment"):
+            if name in running:
+                report.sections.append((f"end of the log of the {name}", running[name].process.log_tail()))
+    return report

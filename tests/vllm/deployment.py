@@ -1,0 +1,93 @@
+"""`penstock up` as its users start it, with one route: the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.vllm.engine import MODEL, SLOTS, Engine
+from tests.vllm.guarded import GuardedProcess, guarded
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 45.0  # longer than its drain
+SQL_TIMEOUT_S = 30.0
+
+CONFIG = """\
+[[routes]]
+id = "tiny"
+provider = "openai"
+base_url = "{base_url}/v1"
+max_concurrency = {slots}
+
+[[routes.models]]
+name = "{model}"
+price = {{ input = 0.10, output = 0.40 }}
+"""
+INPUT_PICO, OUTPUT_PICO = 100_000, 400_000  # the same prices, in pico-dollars a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    base_url: str  # ends in /v1
+    api_key: str
+    admin_key: str
+    ledger_url: str
+    process: GuardedProcess
+
+    def sql(self, statement: str, *params: Any) -> list[dict[str, Any]]:
+        """The rows that the ledger gives for *statement*."""
+        body = {"sql": statement, "params": list(params), "format": "json"}
+        request = urllib.request.Request(
+            f"{self.ledger_url}/v1/sql",
+            data=json.dumps(body).encode(),
+            headers={"authorization": f"Bearer {self.admin_key}", "content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=SQL_TIMEOUT_S) as response:
+            result = json.load(response)
+        names = [column["name"] for column in result["columns"]]
+        return [dict(zip(names, row, strict=True)) for row in result["rows"]]
+
+    def request(self, request_id: str) -> dict[str, Any]:
+        """The ledger's one row for *request_id*. Raises: LookupError while there is none."""
+        rows = self.sql("SELECT * FROM requests WHERE request_id = ?", request_id)
+        if not rows:
+            raise LookupError(request_id)
+        (row,) = rows
+        return row
+
+
+@contextlib.contextmanager
+def penstock_up(engine: Engine, folder: Path) -> Iterator[Deployment]:
+    config, ready_file = folder / "penstock.toml", folder / "ready.json"
+    config.write_text(CONFIG.format(base_url=engine.base_url, slots=SLOTS, model=MODEL))
+    command = (
+        *(sys.executable, "-m", "penstock", "up"),
+        *("--home", str(folder / "home")),
+        *("--port", "0"),
+        *("--ready-file", str(ready_file)),
+        *("--config", str(config)),
+    )
+    with guarded(
+        command, env=plain_environment(), log_path=folder / "penstock.log", stop_within_s=STOP_TIMEOUT_S
+    ) as up:
+        up.wait_until_ready(ready_file.exists, timeout_s=START_TIMEOUT_S)
+        ready = json.loads(ready_file.read_bytes())
+        yield Deployment(
+            base_url=ready["base_url"],
+            api_key=ready["api_key"],
+            admin_key=ready["admin_key"],
+            ledger_url=ready["ledger_url"],
+            process=up,
+        )
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without settings of a Penstock or keys of providers that the developer may have there."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PENSTOCK_") and not k.endswith("_API_KEY")}

@@ -1,0 +1,124 @@
+"""A real `vllm serve` on the CPU of this machine, with the tiny model, on a port of 127.0.0.1."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.vllm.guarded import ROOT, GuardedProcess, guarded
+
+MODEL = "tiny"
+CONTEXT_TOKENS = 8192
+SLOTS = 16
+START_TIMEOUT_S = 180.0  # 10 s when everything is in the page cache, a minute when nothing is
+STOP_TIMEOUT_S = 10.0
+
+HERE = Path(__file__).parent
+CACHE = ROOT / ".cache"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process fewer: half the start
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
+}
+SERVE_OPTIONS = (
+    *("--served-model-name", MODEL),
+    *("--max-model-len", str(CONTEXT_TOKENS)),
+    *("--max-num-seqs", str(SLOTS)),
+    *("--dtype", "float32"),  # bfloat16 dies by SIGILL where the CPU claims an AMX that its hypervisor lacks
+    *("--kv-cache-memory-bytes", "64M"),  # its default is nearly all memory of the machine
+    "--enforce-eager",  # compiling costs 20 s and gains nothing here
+    "--disable-uvicorn-access-log",
+    "--enable-auto-tool-choice",
+    *("--tool-call-parser", "hermes"),
+    *("--reasoning-parser", "hy_v3"),  # splits off reasoning only where the request asks for it
+    # A model that knows six sentences may write white space for ever where the grammar lets it.
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    base_url: str  # without /v1
+    process: GuardedProcess
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of vLLM's own gauge or counter *name* over all series that have *labels*."""
+        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=5) as response:
+            lines = response.read().decode().splitlines()
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith((f"{name}{{", f"{name} ")) and all(label in line for label in wanted)
+        )
+
+
+@contextlib.contextmanager
+def serve_tiny_model(log_path: Path) -> Iterator[Engine]:
+    model = tiny_model_folder()
+    port = free_port()
+    command = (
+        sys.executable,
+        str(HERE / "vllm_cli.py"),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    )
+    with guarded(
+        (*command, *SERVE_OPTIONS),
+        env={**os.environ, **ENVIRONMENT},
+        log_path=log_path,
+        stop_within_s=STOP_TIMEOUT_S,
+    ) as process:
+        engine = Engine(base_url=f"http://127.0.0.1:{port}", process=process)
+        process.wait_until_ready(lambda: _answers(f"{engine.base_url}/health"), timeout_s=START_TIMEOUT_S)
+        yield engine
+
+
+def tiny_model_folder() -> Path:
+    """The tiny model, made when its maker has changed since the last time."""
+    maker = HERE / "tiny_model.py"
+    folder = CACHE / f"tiny-model-{hashlib.sha256(maker.read_bytes()).hexdigest()[:16]}"
+    if not folder.exists():
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            made = subprocess.run(
+                [sys.executable, str(maker), f"{scratch}/model"],
+                env={**os.environ, **ENVIRONMENT},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if made.returncode:
+                raise RuntimeError(f"no tiny model\n{made.stderr}")
+            shutil.move(f"{scratch}/model", folder)
+    return folder
+
+
+def free_port() -> int:
+    """A port that is free now; vLLM binds it within seconds, before it loads the model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _answers(url: str) -> bool:
+    with urllib.request.urlopen(url, timeout=2) as response:
+        return bool(response.status == 200)

@@ -1,0 +1,165 @@
+"""The SDK at Penstock gets what the SDK at the engine gets: every way of asking, every kind of answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from openai.types.chat import ChatCompletionChunk
+
+from tests.vllm.asking import AS_SCHEMA, WITH_USAGE, answer, ask, check_form, endless, joined, usage
+from tests.vllm.engine import MODEL
+from tests.vllm.tiny_model import AS_JSON, CONVERSATIONS, COUNT, HELLO, PARIS, ROME_AND_OSLO, THINK, Conversation
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+VARIED = {"temperature": 2.0, "seed": 7, "max_tokens": 24}
+ASKED: dict[str, dict[str, Any]] = {
+    **{conversation.question: ask(conversation) for conversation in CONVERSATIONS},
+    "max_tokens": ask(COUNT, max_tokens=5),
+    "max_completion_tokens": ask(COUNT, max_completion_tokens=5),
+    "stop": ask(COUNT, stop=[" five", "nothing"]),
+    "seed": ask(HELLO, **VARIED),
+    "n": ask(HELLO, **VARIED, n=2),
+    "json_schema": ask(AS_JSON, response_format=AS_SCHEMA),
+    "tool_choice named": ask(PARIS, tool_choice=NAMED),
+    "tool_choice required": ask(PARIS, tool_choice="required"),
+    "tool_choice none": ask(PARIS, tool_choice="none"),
+    "reasoning": ask(THINK, reasoning_effort="low"),
+    "fields that only the engine knows": ask(HELLO, max_tokens=30, extra_body={"ignore_eos": True, "min_tokens": 5}),
+}
+every_way = pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
+every_answer = pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda c: c.question)
+
+
+@every_way
+def test_answer_is_the_engines(client: OpenAI, direct: OpenAI, asked: dict[str, Any]) -> None:
+    ours, engines = client.chat.completions.create(**asked), direct.chat.completions.create(**asked)
+    assert answer(ours) == answer(engines)
+    assert usage(ours) == usage(engines)
+    assert ours.model == MODEL
+    assert ours.object == "chat.completion"
+
+
+@every_way
+def test_stream_is_the_engines(client: OpenAI, direct: OpenAI, asked: dict[str, Any]) -> None:
+    ours = list(client.chat.completions.create(**asked, **WITH_USAGE))
+    engines = list(direct.chat.completions.create(**asked, **WITH_USAGE))
+    check_form(ours, with_usage=True)
+    assert joined(ours) == joined(engines)
+    assert usage(ours[-1]) == usage(engines[-1])
+
+
+@every_answer
+async def test_async_answer_is_the_engines(
+    async_client: AsyncOpenAI, direct: OpenAI, conversation: Conversation
+) -> None:
+    ours = await async_client.chat.completions.create(**ask(conversation))
+    engines = direct.chat.completions.create(**ask(conversation))
+    assert answer(ours) == answer(engines)
+    assert usage(ours) == usage(engines)
+
+
+@every_answer
+async def test_async_stream_is_the_engines(
+    async_client: AsyncOpenAI, direct: OpenAI, conversation: Conversation
+) -> None:
+    ours = await collected(async_client, ask(conversation, **WITH_USAGE))
+    engines = list(direct.chat.completions.create(**ask(conversation, **WITH_USAGE)))
+    check_form(ours, with_usage=True)
+    assert joined(ours) == joined(engines)
+    assert usage(ours[-1]) == usage(engines[-1])
+
+
+def test_stream_has_no_usage_unless_asked(client: OpenAI) -> None:
+    chunks = list(client.chat.completions.create(**ask(COUNT), stream=True))
+    check_form(chunks, with_usage=False)
+    assert joined(chunks)[0]["content"] == COUNT.answer
+
+
+def test_stream_arrives_in_parts(client: OpenAI) -> None:
+    """The first part comes while the engine still writes: not after the last, all at once."""
+    stamps = [time.monotonic() for _ in client.chat.completions.create(**endless(COUNT, tokens=300), stream=True)]
+    assert len(stamps) > 30
+    assert stamps[-1] - stamps[0] > 0.1
+
+
+def test_tool_calls_are_of_use_to_a_program(client: OpenAI) -> None:
+    message = client.chat.completions.create(**ask(ROME_AND_OSLO)).choices[0].message
+    assert message.content == "I look.\n"
+    assert [json.loads(call.function.arguments) for call in message.tool_calls or ()] == [
+        {"city": "Rome"},
+        {"city": "Oslo"},
+    ]
+
+
+def test_json_schema_binds_a_model_that_would_say_something_else(client: OpenAI) -> None:
+    completion = client.chat.completions.create(**ask(HELLO, response_format=AS_SCHEMA, max_tokens=100))
+    said = json.loads(completion.choices[0].message.content or "")
+    assert isinstance(said["city"], str)
+    assert isinstance(said["celsius"], int)
+
+
+def test_logprobs_are_the_engines(client: OpenAI, direct: OpenAI) -> None:
+    asked = ask(HELLO, logprobs=True, top_logprobs=3)
+    ours, engines = (c.chat.completions.create(**asked).choices[0].logprobs for c in (client, direct))
+    assert ours is not None
+    assert engines is not None
+    assert [part.token for part in ours.content or ()] == [part.token for part in engines.content or ()]
+    assert [p.logprob for p in ours.content or ()] == pytest.approx(
+        [p.logprob for p in engines.content or ()], abs=1e-3
+    )
+    assert all(len(part.top_logprobs) == 3 for part in ours.content or ())
+
+
+def test_stream_carries_logprobs_of_every_token(client: OpenAI) -> None:
+    chunks = list(client.chat.completions.create(**ask(HELLO, logprobs=True), **WITH_USAGE))
+    parts = [p for chunk in chunks for c in chunk.choices if c.logprobs for p in c.logprobs.content or ()]
+    assert "".join(part.token for part in parts).startswith(HELLO.answer)
+    assert len(parts) == usage(chunks[-1])[1]
+
+
+def test_stream_carries_fields_that_only_the_engine_knows(client: OpenAI) -> None:
+    """Token ids are vLLM's own extension of a choice; with them a stream could be taken up elsewhere."""
+    asked = ask(COUNT, extra_body={"return_token_ids": True})
+    chunks = list(client.chat.completions.create(**asked, **WITH_USAGE))
+    ids = [i for chunk in chunks for c in chunk.choices for i in (c.model_extra or {}).get("token_ids") or ()]
+    assert len(ids) == usage(chunks[-1])[1]
+
+
+def test_same_seed_gives_the_same_answer_and_another_seed_another(client: OpenAI) -> None:
+    first, again, other = (
+        client.chat.completions.create(**ask(HELLO, **{**VARIED, "seed": seed})).choices[0].message.content
+        for seed in (7, 7, 8)
+    )
+    assert first == again != other
+
+
+async def test_streams_run_beside_each_other(async_client: AsyncOpenAI, direct: OpenAI) -> None:
+    """Twelve streams share the engine: each is whole and its own, and none waits for another to end."""
+    asked = [endless(c, tokens=150 + i) for i, c in enumerate(CONVERSATIONS * 2)]
+    spans = await asyncio.gather(*(timed(async_client, {**a, **WITH_USAGE}) for a in asked))
+    for one, (chunks, _, _) in zip(asked, spans, strict=True):
+        check_form(chunks, with_usage=True)
+        engines = list(direct.chat.completions.create(**one, **WITH_USAGE))
+        assert joined(chunks) == joined(engines)
+        assert usage(chunks[-1]) == usage(engines[-1])
+    assert max(first for _, first, _ in spans) < min(last for _, _, last in spans)
+
+
+async def collected(client: AsyncOpenAI, asked: dict[str, Any]) -> list[ChatCompletionChunk]:
+    return [chunk async for chunk in await client.chat.completions.create(**asked)]
+
+
+async def timed(client: AsyncOpenAI, asked: dict[str, Any]) -> tuple[list[ChatCompletionChunk], float, float]:
+    """The chunks of a stream, and when the first and the last came."""
+    chunks, stamps = [], []
+    async for chunk in await client.chat.completions.create(**asked):
+        chunks.append(chunk)
+        stamps.append(time.monotonic())
+    return chunks, stamps[0], stamps[-1]

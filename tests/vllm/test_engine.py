@@ -1,0 +1,56 @@
+"""The engine and the guard by themselves: what the other tests lean on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+from openai import OpenAI
+
+from tests.vllm.asking import ask
+from tests.vllm.engine import Engine
+from tests.vllm.guarded import GUARD
+from tests.vllm.tiny_model import AS_JSON, COUNT, HELLO, Conversation
+from tests.waiting import eventually
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]  # the first test pays for the start of the engine
+
+
+@pytest.mark.parametrize("conversation", [HELLO, COUNT, AS_JSON], ids=lambda c: c.question)
+def test_engine_says_what_it_was_taught(direct: OpenAI, conversation: Conversation) -> None:
+    completion = direct.chat.completions.create(**ask(conversation))
+    assert completion.choices[0].message.content == conversation.answer
+    assert completion.choices[0].finish_reason == "stop"
+
+
+def test_engine_counts_the_requests_that_it_runs(engine: Engine, direct: OpenAI) -> None:
+    ended = engine.metric("vllm:request_success_total")
+    direct.chat.completions.create(**ask(HELLO))
+    assert engine.metric("vllm:request_success_total") == ended + 1
+    assert engine.metric("vllm:num_requests_running") == 0
+
+
+async def test_guard_leaves_nothing_behind_when_its_asker_is_killed() -> None:
+    """SIGKILL gives the asker no chance to clean up; the pipe it held closes all the same."""
+    nap = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(300)'])"
+    ask_guard = (
+        "import subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, {str(GUARD)!r}, sys.executable, '-c', {nap!r}], "
+        "stdin=subprocess.PIPE, start_new_session=True); p.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", ask_guard]) as asker:  # noqa: ASYNC220  nothing else runs here
+        children = psutil.Process(asker.pid).children
+        await eventually(lambda: len(children(recursive=True)) == 3, what="guard, command and the command's child")
+        started = children(recursive=True)
+        asker.kill()
+    await eventually(lambda: not any(runs(process) for process in started), what="the end of all three")
+
+
+def runs(process: psutil.Process) -> bool:
+    """Not so if it is only waiting for its parent to take note, which nobody may ever do in a container."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
