@@ -21,6 +21,7 @@ from urllib.request import Request, urlopen
 import msgspec
 
 from bench.provider import MODEL, Stats
+from schemas.local import Ready
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 120.0  # LiteLLM imports for many seconds on a busy machine
@@ -145,7 +146,7 @@ def penstock(upstream: str, home: Path) -> Iterator[Peer]:
             name="penstock",
             base_url=said.base_url,
             api_key=said.api_key,
-            pids=lambda: {"up": [process.pid]} | (read_ready(ready) or said).pids_by_role(),
+            pids=lambda: {"up": [process.pid]} | pids_by_role(read_ready(ready) or said),
             log=home / "penstock.log",
             ledger=Ledger(url=said.ledger_url, api_key=said.admin_key),
         )
@@ -164,25 +165,16 @@ price = {{ input = {input}, cached_input = {cached_input}, output = {output} }}
 """
 
 
-class ReadyFile(msgspec.Struct):
-    """What `penstock up --ready-file` writes, as far as it matters here."""
-
-    base_url: str
-    api_key: str
-    admin_key: str
-    ledger_url: str
-    pids: dict[str, int | list[int]]
-
-    def pids_by_role(self) -> dict[str, list[int]]:
-        return {role: [pid] if isinstance(pid, int) else pid for role, pid in self.pids.items()}
-
-
-def read_ready(path: Path) -> ReadyFile | None:
-    """The ready file, or None while there is none that is whole."""
+def read_ready(path: Path) -> Ready | None:
+    """The ready file, or None while there is none."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ReadyFile)
-    except (FileNotFoundError, msgspec.DecodeError):
+        return msgspec.json.decode(path.read_bytes(), type=Ready)
+    except FileNotFoundError:
         return None
+
+
+def pids_by_role(ready: Ready) -> dict[str, list[int]]:
+    return {role: [pid] for role, pid in ready.pids.items()}
 
 
 @contextlib.contextmanager

@@ -62,18 +62,23 @@ def right_stream(body: bytes | bytearray, chunks: int) -> bool:
 
 
 def without_chunks(buffer: bytearray, body_at: int) -> bytes:
-    """The body of a chunked answer."""
+    """The body of a chunked answer, up to where its framing is broken if it is."""
     parts, at = [], body_at
-    while at < len(buffer):
+    while True:
         end = buffer.find(b"\r\n", at)
-        if end < 0:
-            break
-        size = int(bytes(buffer[at:end]).split(b";")[0] or b"0", 16)
+        size = chunk_size(bytes(buffer[at:end])) if end >= 0 else 0
         if not size:
-            break
+            return b"".join(parts)
         parts.append(bytes(buffer[end + 2 : end + 2 + size]))
         at = end + 4 + size
-    return b"".join(parts)
+
+
+def chunk_size(line: bytes) -> int:
+    """The size that a chunk's first line names; 0 for the last chunk and for what is no such line."""
+    try:
+        return int(line.partition(b";")[0], 16)
+    except ValueError:
+        return 0
 
 
 def status_of(buffer: bytearray) -> str:
