@@ -6,46 +6,46 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from schemas.control import KeyStated, Role
-from schemas.ids import KeyId, OrgId
+from schemas.control import Role
+from schemas.ids import KeyId, OrgId, RouteId, WorkerId
 
 DEFAULT_ORG = OrgId("default")
+NAME_MAX_CHARS = 200
+GRACE_DEFAULT_S = 24 * 3600
+GRACE_MAX_S = 30 * 24 * 3600
 
-Seconds = Annotated[int, Meta(ge=0)]
-Name = Annotated[str, Meta(max_length=200)]
 
-
-class NewKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CreateKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """POST /admin/v1/keys."""
 
-    org: Annotated[OrgId, Meta(min_length=1, max_length=60)] = DEFAULT_ORG
+    name: Annotated[str, Meta(max_length=NAME_MAX_CHARS)] = ""
     role: Role = Role.CLIENT
-    name: Name = ""
+    org: OrgId = DEFAULT_ORG
     expires_in_s: Annotated[int, Meta(ge=1)] | None = None  # never, if not given
 
 
-class Rotation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """POST /admin/v1/keys/{id}/rotate."""
+class RotateKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /admin/v1/keys/{key_id}/rotate. The old key works beside the new one for *grace_s* seconds."""
 
-    grace_s: Seconds = 0  # how long the old key is still good
+    grace_s: Annotated[int, Meta(ge=0, le=GRACE_MAX_S)] = GRACE_DEFAULT_S
 
 
 class Key(Struct, frozen=True, kw_only=True):
-    """A key as it may be shown: by its last characters only."""
+    """A key as it may be shown: never itself, only its last characters."""
 
     id: KeyId
     object: Literal["key"] = "key"
-    org: OrgId
-    role: Role
     name: str
+    role: Role
+    org: OrgId
     hint: str
-    created_at: int
-    expires_at: int | None = None
-    revoked: bool = False
+    created: int
+    expires: int | None
+    revoked: bool
 
 
-class KeyWithSecret(Key, frozen=True, kw_only=True):
-    """A key just made. This is the only time that it is shown."""
+class NewKey(Key, frozen=True, kw_only=True):
+    """A key just made or rotated. It is shown this once."""
 
     key: str
 
@@ -55,14 +55,18 @@ class KeyList(Struct, frozen=True, kw_only=True):
     data: tuple[Key, ...]
 
 
-def key_of(stated: KeyStated) -> Key:
-    return Key(
-        id=stated.key_id,
-        org=stated.org,
-        role=stated.role,
-        name=stated.name,
-        hint=stated.hint,
-        created_at=stated.created_ns // 1_000_000_000,
-        expires_at=None if stated.expires_ns is None else stated.expires_ns // 1_000_000_000,
-        revoked=stated.revoked,
-    )
+class ServedRoute(Struct, frozen=True, kw_only=True):
+    """A route at one of its workers, or without any."""
+
+    route: RouteId
+    provider: str
+    models: tuple[str, ...]
+    worker: WorkerId | None
+    state: str
+    slots: int
+    free: int
+
+
+class RouteList(Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: tuple[ServedRoute, ...]

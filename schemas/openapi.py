@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from schemas.admin import Key, KeyList, KeyWithSecret, NewKey, Rotation
+from schemas.admin import CreateKey, Key, KeyList, NewKey, RotateKey, RouteList
 from schemas.answers import ChatCompletion, ChatCompletionChunk, ErrorBody, Model, ModelDeleted, ModelList
 from schemas.chat import ChatRequest
 from schemas.messages import Message, Other
@@ -59,7 +59,7 @@ def document(*, version: str = "dev") -> Json:
         "tags": [
             {"name": "chat", "description": "OpenAI's chat completions"},
             {"name": "models", "description": "What can be asked for"},
-            {"name": "admin", "description": "Keys; needs one of role `admin`"},
+            {"name": "admin", "description": "Keys and routes; needs a key of role `admin`"},
             {"name": "health", "description": "For load balancers"},
         ],
         "paths": _paths(),
@@ -80,23 +80,23 @@ def _paths() -> dict[str, Json]:
                 "Answers a conversation, whole or as a stream",
                 {"200": _completion()},
                 body=_json(ChatRequest),
-                errors=(400, 401, 403, 404, 408, 413, 429, 502, 503, 504),
+                errors=(400, 401, 404, 408, 413, 429, 502, 503, 504),
             ),
         },
         "/v1/models": {
             "get": _operation(
-                "listModels", "models", "The models that are served", {"200": _answer(ModelList)}, errors=(401, 403)
+                "listModels", "models", "The models that are served", {"200": _answer(ModelList)}, errors=(401,)
             ),
         },
-        "/v1/models/{id}": {
-            "parameters": [_path_id("The model's name; slashes in it may stay as they are")],
-            "get": _operation("retrieveModel", "models", "One model", {"200": _answer(Model)}, errors=(401, 403, 404)),
+        "/v1/models/{model}": {
+            "parameters": [_path("model", "The model's name; slashes in it may stay as they are")],
+            "get": _operation("retrieveModel", "models", "One model", {"200": _answer(Model)}, errors=(401, 404)),
             "delete": _operation(
                 "deleteModel",
                 "models",
                 "Kept for SDKs: nothing is deleted, and the answer says so",
                 {"200": _answer(ModelDeleted)},
-                errors=(401, 403),
+                errors=(401, 404),
             ),
         },
         "/admin/v1/keys": {
@@ -105,13 +105,13 @@ def _paths() -> dict[str, Json]:
                 "createKey",
                 "admin",
                 "Makes a key and shows it once",
-                {"201": _answer(KeyWithSecret)},
-                body=_json(NewKey),
-                errors=(400, 401, 403, 503),
+                {"201": _answer(NewKey)},
+                body=_json(CreateKey),
+                errors=(400, 401, 403, 409, 413, 503),
             ),
         },
-        "/admin/v1/keys/{id}": {
-            "parameters": [_path_id("The key's id")],
+        "/admin/v1/keys/{key_id}": {
+            "parameters": [_path("key_id", "The key's id")],
             "delete": _operation(
                 "revokeKey",
                 "admin",
@@ -120,19 +120,25 @@ def _paths() -> dict[str, Json]:
                 errors=(401, 403, 404, 409, 503),
             ),
         },
-        "/admin/v1/keys/{id}/rotate": {
-            "parameters": [_path_id("The key's id")],
+        "/admin/v1/keys/{key_id}/rotate": {
+            "parameters": [_path("key_id", "The key's id")],
             "post": _operation(
                 "rotateKey",
                 "admin",
                 "Makes a new secret for a key and shows it once",
-                {"200": _answer(KeyWithSecret)},
-                body={**_json(Rotation), "required": False},
-                errors=(400, 401, 403, 404, 409, 503),
+                {"200": _answer(NewKey)},
+                body={**_json(RotateKey), "required": False},
+                errors=(400, 401, 403, 404, 409, 413, 503),
+            ),
+        },
+        "/admin/v1/routes": {
+            "get": _operation(
+                "listRoutes", "admin", "All routes and who serves them", {"200": _answer(RouteList)}, errors=(401, 403)
             ),
         },
         "/healthz": {"get": _probe("live", "The process runs")},
         "/readyz": {"get": _probe("ready", "Requests can be served now", errors=(503,))},
+        "/openapi.json": {"get": _probe("document", "This document")},
     }
 
 
@@ -190,8 +196,8 @@ def _header(text: str) -> Json:
     return {"description": text, "schema": {"type": "string"}}
 
 
-def _path_id(text: str) -> Json:
-    return {"name": "id", "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
+def _path(name: str, text: str) -> Json:
+    return {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
 
 
 def _schemas() -> dict[str, Json]:
@@ -203,9 +209,10 @@ def _schemas() -> dict[str, Json]:
         ModelList,
         ModelDeleted,
         KeyList,
-        KeyWithSecret,
+        RouteList,
         NewKey,
-        Rotation,
+        CreateKey,
+        RotateKey,
         tuple[Message, ...],
     )
     schemas, components = msgspec.json.schema_components(roots, ref_template="#/components/schemas/{name}")

@@ -44,7 +44,8 @@ def sdk_names(model: Any) -> set[str]:
 
 def is_required(model: Any, name: str) -> bool:
     # not __required_keys__: it is wrong where annotations are strings
-    return typing.get_origin(get_type_hints(model, include_extras=True)[name]) in (Required,)
+    origin: Any = typing.get_origin(get_type_hints(model, include_extras=True)[name])
+    return origin is Required
 
 
 REQUESTS: list[tuple[type[msgspec.Struct], Any]] = [
