@@ -27,7 +27,7 @@ def number_bytes(number: int) -> bytes:
 
 
 def whole_problem(buffer: bytearray, body_at: int, chunks: int) -> str | None:
-    """None while the answer is incomplete, "" when it is right, else what is wrong with it."""
+    """None while the answer is incomplete, empty when it is right, else what is wrong with it."""
     head = bytes(buffer[:body_at]).lower()
     at = head.find(b"\r\ncontent-length:")
     if at >= 0:
@@ -45,7 +45,7 @@ def whole_problem(buffer: bytearray, body_at: int, chunks: int) -> str | None:
 
 
 def stream_problem(buffer: bytearray, body_at: int, chunks: int) -> str:
-    """ "" when the stream is right: all tokens, one chunk each, a finish chunk and [DONE]; else what is wrong with it."""
+    """Empty when the stream is right: all tokens, one chunk each, a finish chunk and [DONE]; else what is wrong with it."""
     if not buffer.startswith(b"HTTP/1.1 200"):
         return status_of(buffer)
     if right_stream(buffer, chunks):
@@ -63,7 +63,8 @@ def right_stream(body: bytes | bytearray, chunks: int) -> bool:
 
 def without_chunks(buffer: bytearray, body_at: int) -> bytes:
     """The body of a chunked answer, up to where its framing is broken if it is."""
-    parts, at = [], body_at
+    parts: list[bytes] = []
+    at = body_at
     while True:
         end = buffer.find(b"\r\n", at)
         size = chunk_size(bytes(buffer[at:end])) if end >= 0 else 0
