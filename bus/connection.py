@@ -12,7 +12,7 @@ import nats
 import nats.errors
 import structlog
 from nats.aio.client import Client
-from nats.aio.msg import Msg
+from nats.aio.msg import Msg as Message
 
 from schemas.errors import PenstockError, SetupError
 
@@ -24,7 +24,13 @@ PENDING_BYTES_MAX = 32 * 1024 * 1024  # written but not sent, while the server i
 API_TIMEOUT_S = 5.0
 CONNECT_WAIT_S = 30.0
 
+LISTEN_BYTES_MAX = 512 * 1024 * 1024  # of one subscription, received and not handled yet
+LISTEN_MESSAGES_MAX = 1_000_000
+
 Reconnected = Callable[[], Awaitable[None]]
+OnMessage = Callable[[Message], Awaitable[None]]
+
+__all__ = ["ApiError", "BusUnavailable", "Connection", "Message", "api_answer", "connect"]
 
 
 class ApiError(PenstockError):
@@ -59,6 +65,22 @@ class Connection:
     def on_reconnect(self, callback: Reconnected) -> None:
         self._reconnected.append(callback)
 
+    async def say(self, subject: str, payload: bytes) -> None:
+        """Core NATS: at most once. While the connection is away it waits in a bounded buffer.
+
+        Raises: BusUnavailable when that buffer is full or the connection is closed.
+        """
+        try:
+            await self.nc.publish(subject, payload)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"NATS took no message: {type(error).__name__}") from error
+
+    async def listen(self, subject: str, on_message: OnMessage) -> None:
+        """Hands every message on *subject* to *on_message*, in order, for the life of the connection."""
+        await self.nc.subscribe(
+            subject, cb=on_message, pending_msgs_limit=LISTEN_MESSAGES_MAX, pending_bytes_limit=LISTEN_BYTES_MAX
+        )
+
     async def api(self, verb: str, body: object = None, *, timeout_s: float = API_TIMEOUT_S) -> dict[str, Any]:
         """Calls ``$JS.API.<verb>`` and returns its answer.
 
@@ -70,7 +92,7 @@ class Connection:
 
     async def request(
         self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
-    ) -> Msg:
+    ) -> Message:
         """Raises: BusUnavailable if there is no connection or no answer in time."""
         try:
             return await self.nc.request(subject, payload, timeout=timeout_s, headers=headers)

@@ -57,6 +57,17 @@ class EventLog:
         self._take(event, future)
         return future
 
+    async def record(self, event: Event, *, within_s: float) -> None:
+        """Appends *event* and returns when it is durable.
+
+        Raises: LogUnavailable if that takes longer than *within_s*; the event is kept, and written when the log is back.
+        """
+        try:
+            async with asyncio.timeout(within_s):
+                await self.append(event)
+        except TimeoutError as error:
+            raise LogUnavailable from error
+
     def note(self, event: Event) -> None:
         """Like `append`, for events that nobody waits for.
 

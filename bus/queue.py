@@ -20,6 +20,10 @@ class JobQueue:
         self._connection = connection
         self._publisher = publisher
 
+    @property
+    def is_up(self) -> bool:
+        return self._connection.is_up
+
     async def publish(self, job: Job, *, lane: Lane = Lane.INTERACTIVE) -> int:
         """The job's sequence number, once JOBS holds it. It leaves by itself after its ``queue`` time-out.
 

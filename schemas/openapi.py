@@ -137,7 +137,7 @@ def _paths() -> dict[str, Json]:
             ),
         },
         "/healthz": {"get": _probe("live", "The process runs")},
-        "/readyz": {"get": _probe("ready", "Requests can be served now", errors=(503,))},
+        "/readyz": {"get": _probe("ready", "Requests can be served now", otherwise={"503": {"description": "No"}})},
         "/openapi.json": {"get": _probe("document", "This document")},
     }
 
@@ -156,8 +156,9 @@ def _operation(
     return operation if body is None else {**operation, "requestBody": {"required": True, **body}}
 
 
-def _probe(id_: str, summary: str, *, errors: tuple[int, ...] = ()) -> Json:
-    return {**_operation(id_, "health", summary, {"200": {"description": "Yes"}}, errors=errors), "security": []}
+def _probe(id_: str, summary: str, *, otherwise: dict[str, Json] | None = None) -> Json:
+    answers = {"200": {"description": "Yes"}, **(otherwise or {})}
+    return {**_operation(id_, "health", summary, answers, errors=()), "security": []}
 
 
 def _completion() -> Json:

@@ -34,7 +34,7 @@ class NatsSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     replicas: int = 1
     max_memory_store_bytes: int = 1024 * MIB
     max_file_store_bytes: int = 20 * 1024 * MIB
-    max_payload_bytes: int = 24 * MIB
+    max_payload_bytes: int = 8 * MIB  # NATS advises against more
     jobs_max_bytes: int = 512 * MIB
     backlog_per_org: int = 1024  # jobs of one (model, route, lane, org) that may wait
     events_max_age_s: int = 30 * 24 * 3600
@@ -43,7 +43,7 @@ class NatsSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
-    max_body_bytes: int = 20 * MIB
+    max_body_bytes: int = 7 * MIB  # a job must fit into max_payload_bytes
     body_timeout_s: float = 30.0
     max_header_bytes: int = 64 * 1024
     header_timeout_s: float = 30.0
@@ -99,7 +99,7 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     base_url: str | None = None
     api_keys: tuple[str, ...] = ()
     max_concurrency: int = 64
-    models: tuple[ModelSettings, ...] = ()
+    models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has, free of charge
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
 
@@ -137,6 +137,38 @@ def load(config: Path | None, environ: Mapping[str, str] | None = None, **flags:
         raise SetupError(f"{config or 'settings'}: {error}") from error
     _check(settings, config)
     return settings
+
+
+ECHO = RouteSettings(id=RouteId("echo"), provider="echo")
+
+# Providers whose key in the environment is enough: what it is called, and where the OpenAI-compatible API is.
+KEYS_IN_ENVIRONMENT = {
+    "OPENAI_API_KEY": ("openai", "https://api.openai.com/v1"),
+    "GROQ_API_KEY": ("groq", "https://api.groq.com/openai/v1"),
+    "MISTRAL_API_KEY": ("mistral", "https://api.mistral.ai/v1"),
+    "DEEPSEEK_API_KEY": ("deepseek", "https://api.deepseek.com/v1"),
+    "TOGETHER_API_KEY": ("together", "https://api.together.xyz/v1"),
+    "OPENROUTER_API_KEY": ("openrouter", "https://openrouter.ai/api/v1"),
+}
+
+
+def with_builtin_routes(routes: tuple[RouteSettings, ...], environ: Mapping[str, str]) -> tuple[RouteSettings, ...]:
+    """*routes* and the model ``echo``; where nothing is configured, also the providers whose keys are in *environ*.
+
+    ``OPENAI_BASE_URL``, which OpenAI's own SDK reads, moves that provider elsewhere.
+    """
+    found: list[RouteSettings] = list(routes)
+    if not routes:
+        for name, (route, base_url) in KEYS_IN_ENVIRONMENT.items():
+            if environ.get(name):
+                if name == "OPENAI_API_KEY":
+                    base_url = environ.get("OPENAI_BASE_URL") or base_url  # noqa: PLW2901
+                found.append(
+                    RouteSettings(id=RouteId(route), provider="openai", base_url=base_url, api_keys=(f"env:{name}",))
+                )
+    if not any(route.id == ECHO.id for route in found):
+        found.append(ECHO)
+    return tuple(found)
 
 
 def secret(reference: str, environ: Mapping[str, str] | None = None) -> str:
@@ -193,7 +225,5 @@ def _check(settings: Settings, config: Path | None) -> None:
     for doubled in {i for i in ids if ids.count(i) > 1}:
         raise SetupError(f"{config}: two routes have the id {doubled!r}")
     for route in settings.routes:
-        if not route.models and route.provider != "echo":
-            raise SetupError(f"{config}: route {route.id!r} has no [[routes.models]]")
         if not 0 < route.max_concurrency <= 100_000:
             raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")

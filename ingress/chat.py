@@ -1,0 +1,186 @@
+"""POST /v1/chat/completions: from the body to an exchange, or to a clear refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+
+import structlog
+from starlette.types import Receive, Scope, Send
+
+from bus.control import ControlFeed
+from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, send_problem
+from ingress.auth import authenticate
+from ingress.exchange import RECORD_FAILURE_WAIT_S, Arrival, Exchange, Services
+from ingress.fleet import Fleet
+from ingress.policy.routing import plan
+from ingress.problems import CLIENT_LEFT_STATUS, problem_of
+from ingress.sse import EventWriter
+from schemas.chat import ChatRequest, decode_request
+from schemas.control import KeyStated
+from schemas.errors import (
+    BodyTooLarge,
+    LogUnavailable,
+    MethodNotAllowed,
+    Overloaded,
+    PenstockError,
+    QueueUnavailable,
+    RequestTimeout,
+)
+from schemas.events import RequestRejected
+from schemas.ids import EventId, OrgId, RequestId, new_id
+from schemas.settings import IngressSettings
+
+log = structlog.get_logger()
+
+
+class ClientLeftError(PenstockError):
+    """The client closed the connection before its request was complete."""
+
+    code = "client_left"
+
+
+class ChatCompletions:
+    """The endpoint, as a plain ASGI application."""
+
+    def __init__(self, services: Services, *, control: ControlFeed, fleet: Fleet, settings: IngressSettings) -> None:
+        self._services = services
+        self._control = control
+        self._fleet = fleet
+        self._settings = settings
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival = Arrival(RequestId(new_id()), asyncio.get_running_loop().time(), time.time_ns())
+        principal: KeyStated | None = None
+        request: ChatRequest | None = None
+        body = b""
+        self._running += 1
+        try:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed("Send a POST request with a JSON body.")
+            if self._running > self._settings.max_concurrent_requests:
+                raise Overloaded
+            principal = authenticate(scope["headers"], self._control.state, now_ns=arrival.ns)
+            body = await self._read_body(scope, receive)
+            request = decode_request(body)
+            if not self._services.queue.is_up:
+                raise QueueUnavailable
+            routes = plan(
+                request.model,
+                offers=self._fleet.offers(request.model),
+                stated=self._control.state.routes,
+                known=self._fleet.knows(request.model),
+            )
+            exchange = Exchange(
+                self._services,
+                arrival,
+                request,
+                body=body,
+                principal=principal,
+                plan=routes,
+                prompt_hash=prompt_hash(principal.org, request.messages_raw),
+            )
+            await exchange.run(_answer(send, arrival, request, exchange), receive)
+        except PenstockError as error:
+            await self._reject(error, arrival, send, principal=principal, request=request, body_bytes=len(body))
+        finally:
+            self._running -= 1
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """Raises: BodyTooLarge, RequestTimeout, ClientLeftError."""
+        limit = self._settings.max_body_bytes
+        too_large = BodyTooLarge(f"The request body is over the limit of {limit} bytes.")
+        if _content_length(scope["headers"]) > limit:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientLeftError
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > limit:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return parts[0] if len(parts) == 1 else b"".join(parts)
+        except TimeoutError as error:
+            raise RequestTimeout(
+                f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
+            ) from error
+
+    async def _reject(
+        self,
+        error: PenstockError,
+        arrival: Arrival,
+        send: Send,
+        *,
+        principal: KeyStated | None,
+        request: ChatRequest | None,
+        body_bytes: int,
+    ) -> None:
+        """Records why, then says why."""
+        problem = problem_of(error)
+        left = isinstance(error, ClientLeftError)
+        event = RequestRejected(
+            id=EventId(new_id()),
+            ts_ns=time.time_ns(),
+            org=None if principal is None else OrgId(principal.org),
+            request_id=arrival.request_id,
+            producer=self._services.log.producer,
+            key_id=None if principal is None else principal.key_id,
+            model=None if request is None else request.model,
+            code=error.code,
+            http_status=CLIENT_LEFT_STATUS if left else problem.status,
+            stream=request is not None and request.stream,
+            body_bytes=body_bytes,
+        )
+        try:
+            await self._services.log.record(event, within_s=RECORD_FAILURE_WAIT_S)
+        except LogUnavailable as unavailable:
+            log.error("rejection_not_recorded_in_time", code=error.code, error=unavailable.message)
+        if not left:
+            headers: Headers = [(b"x-request-id", arrival.request_id.encode())]
+            if isinstance(error, BodyTooLarge | RequestTimeout):
+                headers.append((b"connection", b"close"))  # the rest of the body is not read
+            await send_problem(send, problem, headers)
+
+
+def prompt_hash(org: OrgId, messages: bytes) -> str:
+    """SHA-256 over the org and the messages as sent: the same prompt of two orgs can't be told to be the same."""
+    return hashlib.sha256(org.encode() + b"\0" + messages).hexdigest()
+
+
+def _answer(send: Send, arrival: Arrival, request: ChatRequest, exchange: Exchange) -> Answer:
+    created = arrival.ns // 1_000_000_000
+
+    def headers() -> Headers:
+        return [
+            (b"x-request-id", arrival.request_id.encode()),
+            (b"x-penstock-route", exchange.route.encode("latin-1", "replace")),
+            (b"x-penstock-attempts", str(exchange.attempts).encode()),
+            (b"x-penstock-cache", b"off"),
+            (b"x-penstock-overhead-ms", b"%.2f" % (exchange.overhead_us / 1000)),
+        ]
+
+    if not request.stream:
+        return WholeAnswer(send, arrival.request_id, created=created, model=request.model, headers=headers)
+    writer = EventWriter(
+        arrival.request_id,
+        created=created,
+        model=request.model,
+        include_usage=request.include_usage,
+        obfuscate=request.include_obfuscation,
+    )
+    return StreamedAnswer(send, writer, headers=headers, include_usage=request.include_usage)
+
+
+def _content_length(headers: list[tuple[bytes, bytes]]) -> int:
+    for name, value in headers:
+        if name == b"content-length":
+            return int(value) if value.isdigit() else 0
+    return 0

@@ -1,0 +1,177 @@
+"""The commands of the ingress: the process, and what an operator asks of it."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from schemas.errors import SetupError
+from schemas.ids import IngressId, new_name
+from schemas.local import home_folder, read_ready
+from schemas.settings import load, with_builtin_routes
+
+REQUEST_TIMEOUT_S = 30.0
+
+
+@click.command(
+    epilog="Example: PENSTOCK_NATS=nats://127.0.0.1:4222 PENSTOCK_ADMIN_KEY_FILE=/run/secrets/admin penstock ingress --port 8000"
+)
+@click.option("--nats", "nats_url", envvar="PENSTOCK_NATS", required=True, help="The NATS server or cluster.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="penstock.toml")
+@click.option("--host", help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), help="The port to listen on; 0 is any free one.")
+@click.option("--fd", type=int, hidden=True, help="An inherited listening socket.")
+@click.option("--name", help="This process's name; one word, new at each start by default.")
+@click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Written once requests are taken.")
+def ingress(
+    *,
+    nats_url: str,
+    config: Path | None,
+    host: str | None,
+    port: int | None,
+    fd: int | None,
+    name: str | None,
+    ready_file: Path | None,
+) -> None:
+    """Run one ingress: HTTP in, jobs out, tokens back.
+
+    Keys can be given in PENSTOCK_API_KEY and PENSTOCK_ADMIN_KEY, or in files named by the same with _FILE.
+    """
+    import uvloop  # noqa: PLC0415 - the other commands need none of this
+
+    from ingress.bootstrap import Setup, given_keys  # noqa: PLC0415
+    from ingress.process import run_ingress  # noqa: PLC0415
+    from schemas.logs import configure  # noqa: PLC0415
+
+    configure("ingress")
+    settings = load(config, ingress={"host": host, "port": port})
+    setup = Setup(keys=given_keys(os.environ), routes=with_builtin_routes(settings.routes, os.environ))
+    uvloop.run(
+        run_ingress(
+            settings,
+            nats_url=nats_url,
+            name=IngressId(name or new_name("ingress")),
+            setup=setup,
+            fd=fd,
+            ready_file=ready_file,
+        )
+    )
+
+
+@click.group(epilog="Example: penstock keys create --name laptop --role client")
+@click.option("--home", help="The folder of the running `penstock up`.")
+@click.pass_context
+def keys(context: click.Context, home: str | None) -> None:
+    """Create, list, rotate and revoke API keys.
+
+    Talks to the running deployment: that of --home, or the one in PENSTOCK_BASE_URL with the key in PENSTOCK_ADMIN_KEY.
+    """
+    context.obj = home
+
+
+@keys.command("create")
+@click.option("--name", default="", help="What people will know it by.")
+@click.option("--role", type=click.Choice(["client", "analyst", "admin"]), default="client", show_default=True)
+@click.option("--org", default="default", show_default=True)
+@click.option("--expires-in-s", type=int, help="Seconds until it stops working; never by default.")
+@click.pass_obj
+def create_key(home: str | None, name: str, role: str, org: str, expires_in_s: int | None) -> None:
+    """Create a key. It is shown this once and never again."""
+    body = {"name": name, "role": role, "org": org, "expires_in_s": expires_in_s}
+    made = call(home, "POST", "/admin/v1/keys", body)
+    click.echo(f"{made['id']}  role {made['role']}  org {made['org']}", err=True)
+    click.echo(made["key"])
+
+
+@keys.command("list")
+@click.pass_obj
+def list_keys(home: str | None) -> None:
+    """List the keys."""
+    rows = call(home, "GET", "/admin/v1/keys")["data"]
+    columns = ["id", "name", "role", "org", "hint", "created", "expires", "revoked"]
+    print_table(columns, [[row[column] for column in columns] for row in rows])
+
+
+@keys.command("rotate")
+@click.argument("key_id")
+@click.option("--grace-s", type=int, default=24 * 3600, show_default=True, help="How long the old one still works.")
+@click.pass_obj
+def rotate_key(home: str | None, key_id: str, grace_s: int) -> None:
+    """Give a key a new secret. The old one works beside it for the grace period."""
+    click.echo(call(home, "POST", f"/admin/v1/keys/{key_id}/rotate", {"grace_s": grace_s})["key"])
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+@click.pass_obj
+def revoke_key(home: str | None, key_id: str) -> None:
+    """Stop a key from working, at once and for ever."""
+    call(home, "DELETE", f"/admin/v1/keys/{key_id}")
+    click.echo(f"{key_id} is revoked.", err=True)
+
+
+@click.command(epilog="Example: penstock routes")
+@click.option("--home", help="The folder of the running `penstock up`.")
+def routes(home: str | None) -> None:
+    """Show the routes: who serves what, and how many slots are free."""
+    rows = call(home, "GET", "/admin/v1/routes")["data"]
+    columns = ["route", "provider", "models", "worker", "state", "slots", "free"]
+    cells = [[", ".join(row["models"]) if c == "models" else row[c] for c in columns] for row in rows]
+    print_table(columns, cells)
+
+
+@click.command(epilog="Example: penstock models")
+@click.option("--home", help="The folder of the running `penstock up`.")
+def models(home: str | None) -> None:
+    """List the models that are served now."""
+    rows = call(home, "GET", "/v1/models")["data"]
+    print_table(["id", "owned_by"], [[row["id"], row["owned_by"]] for row in rows])
+
+
+def call(home: str | None, method: str, path: str, body: object = None) -> Any:
+    """Asks the running ingress. Raises: SetupError with what it answered, or why there was no answer."""
+    base_url, key = _deployment(home)
+    request = urllib.request.Request(  # noqa: S310 - the operator's own address
+        base_url.removesuffix("/v1") + path,
+        data=None if body is None else msgspec.json.encode(body),
+        method=method,
+        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:  # noqa: S310
+            return msgspec.json.decode(response.read())
+    except urllib.error.HTTPError as error:
+        told = msgspec.json.decode(error.read())["error"]["message"]
+        raise SetupError(f"{method} {path}: {told}") from error
+    except OSError as error:
+        raise SetupError(f"{base_url} gives no answer: {error}. Is `penstock up` running?") from error
+
+
+def print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    """A table on a terminal, tab-separated lines otherwise."""
+    from rich.console import Console  # noqa: PLC0415 - costs 50 ms
+    from rich.table import Table  # noqa: PLC0415
+
+    console = Console()
+    if not console.is_terminal:
+        for row in [columns, *rows]:
+            click.echo("\t".join("" if cell is None else str(cell) for cell in row))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(table)
+
+
+def _deployment(home: str | None) -> tuple[str, str]:
+    base_url, key = os.environ.get("PENSTOCK_BASE_URL"), os.environ.get("PENSTOCK_ADMIN_KEY")
+    if base_url and key and home is None:
+        return base_url, key
+    ready = read_ready(home_folder(home))
+    return ready.base_url, ready.admin_key

@@ -1,0 +1,51 @@
+"""Which routes a request will try, in order, and what it costs there: a pure decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from schemas.control import RouteStated
+from schemas.errors import ModelNotFound, NoLiveRoute
+from schemas.ids import RouteId
+from schemas.money import Price
+
+UNRANKED = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The routes in the order in which they are tried, and each one's price; at least one."""
+
+    routes: tuple[RouteId, ...]
+    prices: tuple[Price, ...]
+
+
+def plan(model: str, *, offers: Mapping[RouteId, Price], stated: Mapping[RouteId, RouteStated], known: bool) -> Plan:
+    """The plan for *model*: its live routes (*offers*), by the rank the operator *stated*.
+
+    A stated price counts before the one that a worker offers. *known* tells a model that is served at other times from
+    one that never was.
+
+    Raises: NoLiveRoute, ModelNotFound.
+    """
+    if not offers:
+        if known or any(
+            entry.name == model for route in stated.values() for entry in route.models if not route.removed
+        ):
+            raise NoLiveRoute(f"No worker serves the model '{model}' at the moment.", param="model")
+        raise ModelNotFound(
+            f"The model '{model}' does not exist here. GET /v1/models lists those that do.", param="model"
+        )
+    routes = tuple(sorted(offers, key=lambda route: (_rank(stated.get(route)), route)))
+    return Plan(routes, tuple(_price(stated.get(route), model) or offers[route] for route in routes))
+
+
+def _rank(stated: RouteStated | None) -> int:
+    return UNRANKED if stated is None else stated.rank
+
+
+def _price(stated: RouteStated | None, model: str) -> Price | None:
+    if stated is None or stated.removed:
+        return None
+    return next((entry.price for entry in stated.models if entry.name == model), None)

@@ -1,0 +1,129 @@
+"""The ingress as a process: what it is made of, how it starts and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import structlog
+import uvicorn
+
+from bus.connection import connect
+from bus.control import ControlFeed
+from bus.log import EventLog
+from bus.publisher import Publisher
+from bus.queue import JobQueue
+from bus.streams import ensure_streams
+from ingress.app import build_app
+from ingress.bootstrap import Setup, state_setup
+from ingress.exchange import Services
+from ingress.fleet import Fleet
+from ingress.protocol import bounded_protocol
+from ingress.relay import Switchboard
+from schemas.errors import SetupError
+from schemas.ids import IngressId
+from schemas.local import write_private
+from schemas.settings import Settings
+
+log = structlog.get_logger()
+
+KEEP_ALIVE_S = 75  # longer than clients keep a connection in their pools
+FLUSH_WAIT_S = 5.0
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: the process stops in its own order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def run_ingress(
+    settings: Settings, *, nats_url: str, name: IngressId, setup: Setup, fd: int | None, ready_file: Path | None
+) -> None:
+    """Serves until SIGTERM or SIGINT; then finishes what runs, within ``ingress.drain_s``.
+
+    *fd* is a listening socket that somebody else keeps open for us; without it we bind one.
+    Raises: SetupError.
+    """
+    sock = _listening_socket(settings.ingress.host, settings.ingress.port, fd)
+    connection = await connect(nats_url, name=name)
+    await ensure_streams(connection, settings.nats)
+    connection.on_reconnect(lambda: ensure_streams(connection, settings.nats))  # JOBS lives in memory
+    publisher = Publisher(connection)
+    await publisher.start()
+    event_log = EventLog(connection, publisher, producer=name)
+    control = ControlFeed(connection, publisher)
+    await control.start()
+    await state_setup(control, setup, producer=name)
+    switchboard = Switchboard(connection, ingress=name, max_bytes_per_relay=settings.ingress.max_buffered_bytes)
+    await switchboard.start()
+    fleet = Fleet(connection)
+    fleet.on_lost(switchboard.lose)
+    await fleet.start()
+    services = Services(
+        ingress=name,
+        log=event_log,
+        queue=JobQueue(connection, publisher),
+        switchboard=switchboard,
+        timeouts=settings.ingress.timeouts,
+        keep_alive_comment_s=settings.ingress.keep_alive_comment_s,
+    )
+    app = build_app(connection, services, control=control, fleet=fleet, settings=settings.ingress)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=bounded_protocol(settings.ingress),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(settings.ingress.drain_s),
+        )
+    )
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, _stop, server)
+    port = sock.getsockname()[1]
+    log.info("listening", host=settings.ingress.host, port=port)
+    if ready_file is not None:
+        write_private(ready_file, msgspec.json.encode({"port": port, "pid": os.getpid()}))
+    await server.serve(sockets=[sock])
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FLUSH_WAIT_S):
+            await event_log.flush()
+    await fleet.stop()
+    await control.stop()
+    await publisher.stop()
+    await connection.close()
+    log.info("stopped")
+
+
+def _stop(server: uvicorn.Server) -> None:
+    log.info("stopping")
+    server.should_exit = True
+
+
+def _listening_socket(host: str, port: int, fd: int | None) -> socket.socket:
+    if fd is not None:
+        return socket.socket(fileno=fd)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise SetupError(
+            f"{host}:{port} can't be listened on: {error.strerror}. Choose another with --port."
+        ) from error
+    return sock

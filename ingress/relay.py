@@ -1,0 +1,194 @@
+"""Frames to an ordered stream: gaps asked for again, duplicates and strangers dropped, bounded for slow readers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import structlog
+
+from bus.connection import BusUnavailable, Connection, Message
+from schemas import codec, subjects
+from schemas.errors import FrameGap, PenstockError, WorkerLost
+from schemas.frames import AnyFrame, Delta, Started
+from schemas.ids import IngressId, Nonce, WorkerId
+from schemas.jobs import Cancel, Resend
+
+log = structlog.get_logger()
+
+OUT_OF_ORDER_MAX = 1024  # frames held while an earlier one is missing
+GAP_TIMEOUT_S = 2.0
+RESEND_EVERY_S = 0.2
+
+
+class Relay:
+    """The frames of one attempt, in order and without gaps, for one reader.
+
+    It also carries what else can happen to that reader: its client leaves (`leave`), its worker is lost (`fail`).
+    """
+
+    def __init__(self, nonce: Nonce, switchboard: Switchboard, *, max_bytes: int) -> None:
+        self.nonce = nonce
+        self.worker: WorkerId | None = None
+        self.gone: str | None = None  # why nobody reads any more
+        self._switchboard = switchboard
+        self._loop = asyncio.get_running_loop()
+        self._frames: list[AnyFrame] = []
+        self._bytes = 0
+        self._max_bytes = max_bytes
+        self._expected = 0
+        self._held: dict[int, tuple[AnyFrame, int]] = {}
+        self._gap_since: float | None = None
+        self._error: PenstockError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def take(self, until: float) -> list[AnyFrame]:
+        """All frames that wait; none when the loop's clock reaches *until* first, or when the reader has gone.
+
+        Raises: WorkerLost or FrameGap, after the frames that came before.
+        """
+        if not self._frames and self._error is None and self.gone is None:
+            self._waiter = self._loop.create_future()
+            timer = self._loop.call_at(until, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        if self._error is not None and not self._frames:
+            raise self._error
+        frames, self._frames, self._bytes = self._frames, [], 0
+        return frames
+
+    def feed(self, frame: AnyFrame, size: int) -> None:
+        if frame.seq < self._expected:
+            return  # sent again, and here already
+        if frame.seq > self._expected:
+            self._hold(frame, size)
+            return
+        self._accept(frame, size)
+        while self._held and (held := self._held.pop(self._expected, None)) is not None:
+            self._accept(*held)
+        if not self._held:
+            self._gap_since = None
+        self._wake()
+
+    def leave(self, reason: str) -> None:
+        """The reader's client has gone, or can't keep up."""
+        if self.gone is None:
+            self.gone = reason
+            self._frames.clear()
+            self._wake()
+
+    def fail(self, error: PenstockError) -> None:
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    def ask_again(self) -> None:
+        """Asks the worker for everything from the first missing frame on."""
+        if self.worker is not None:
+            self._switchboard.command(self.worker, Resend(nonce=self.nonce, seq=self._expected))
+
+    def _accept(self, frame: AnyFrame, size: int) -> None:
+        if isinstance(frame, Started):
+            self.worker = frame.worker
+        self._expected += 1
+        self._bytes += size
+        if self._bytes > self._max_bytes:
+            self.leave("client_too_slow")
+        elif self.gone is None:
+            self._frames.append(frame)
+
+    def _hold(self, frame: AnyFrame, size: int) -> None:
+        if len(self._held) >= OUT_OF_ORDER_MAX:
+            self.fail(FrameGap())
+            return
+        self._held[frame.seq] = (frame, size)
+        if self._gap_since is None:
+            self._gap_since = self._loop.time()
+            self._mend()
+
+    def _mend(self) -> None:
+        """Asks for the missing frame, and again, and gives up after `GAP_TIMEOUT_S`."""
+        if self._gap_since is None or self.gone is not None:
+            return
+        if self._loop.time() - self._gap_since > GAP_TIMEOUT_S:
+            self.fail(FrameGap())
+            return
+        self.ask_again()
+        self._loop.call_later(RESEND_EVERY_S, self._mend)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Switchboard:
+    """One subscription for all attempts of this ingress; hands each frame to the relay with its nonce."""
+
+    def __init__(self, connection: Connection, *, ingress: IngressId, max_bytes_per_relay: int) -> None:
+        self._connection = connection
+        self._ingress = ingress
+        self._max_bytes = max_bytes_per_relay
+        self._relays: dict[Nonce, Relay] = {}
+        self._sending: set[asyncio.Task[object]] = set()
+
+    def __len__(self) -> int:
+        return len(self._relays)
+
+    async def start(self) -> None:
+        await self._connection.listen(subjects.frames_filter(self._ingress), self._on_frame)
+        self._connection.on_reconnect(self._on_reconnect)
+
+    def open(self, nonce: Nonce) -> Relay:
+        relay = Relay(nonce, self, max_bytes=self._max_bytes)
+        self._relays[nonce] = relay
+        return relay
+
+    def close(self, relay: Relay) -> None:
+        """From here on the nonce is unknown, and whoever still speaks under it is told to stop."""
+        self._relays.pop(relay.nonce, None)
+
+    def lose(self, worker: WorkerId) -> None:
+        """*worker* is gone: what it was doing ends with an error."""
+        for relay in self._relays.values():
+            if relay.worker == worker:
+                relay.fail(WorkerLost())
+
+    def command(self, worker: WorkerId, command: Cancel | Resend) -> None:
+        """Sends *command* to *worker*, without waiting."""
+        self.spawn(self._command(worker, command))
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        """Runs *work* on the side; what it must not do is fail."""
+        task = asyncio.create_task(work)
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _command(self, worker: WorkerId, command: Cancel | Resend) -> None:
+        try:
+            await self._connection.say(subjects.ctl(worker), codec.encode(command))
+        except BusUnavailable as error:
+            log.warning("command_not_sent", command=type(command).__name__, error=error.message)
+
+    async def _on_frame(self, msg: Message) -> None:
+        worker, nonce = subjects.frame_address(msg.subject)
+        relay = self._relays.get(nonce)
+        try:
+            frame = codec.decode_frame(msg.data)
+        except msgspec.MsgspecError:
+            log.warning("frame_unreadable", worker=worker)
+            return
+        if relay is not None:
+            relay.feed(frame, len(msg.data))
+        elif isinstance(frame, Started | Delta):
+            # Nobody listens: a client that left before its job was taken, or an attempt that was given up.
+            self.command(worker, Cancel(nonce=nonce, reason="not_wanted"))
+
+    async def _on_reconnect(self) -> None:
+        """Frames may have passed while the connection was away; the last one of an attempt would never be missed."""
+        for relay in self._relays.values():
+            relay.ask_again()

@@ -1,0 +1,55 @@
+"""The command of the workers: the process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import click
+
+from schemas.errors import SetupError
+from schemas.ids import WorkerId, new_name
+from schemas.settings import load, with_builtin_routes
+
+
+@click.command(
+    epilog="Example: PENSTOCK_NATS=nats://127.0.0.1:4222 penstock worker --config penstock.toml --route openai"
+)
+@click.option("--nats", "nats_url", envvar="PENSTOCK_NATS", required=True, help="The NATS server or cluster.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="penstock.toml")
+@click.option("--route", "only", multiple=True, help="Serve this route alone; may be given again. Default: all.")
+@click.option("--name", help="This worker's name; one word, new at each start by default.")
+@click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Written once jobs are taken.")
+def worker(
+    nats_url: str, config: Path | None, only: tuple[str, ...], name: str | None, ready_file: Path | None
+) -> None:
+    """Run one worker: jobs in, tokens and receipts out.
+
+    SIGTERM drains it: no new jobs, what runs may finish, the rest is handed back.
+    """
+    import uvloop  # noqa: PLC0415 - `--help` needs none of this
+
+    from schemas.logs import configure  # noqa: PLC0415
+    from workers.process import run_worker  # noqa: PLC0415
+
+    configure("worker")
+    settings = load(config)
+    routes = with_builtin_routes(settings.routes, os.environ)
+    if only:
+        unknown = set(only) - {route.id for route in routes}
+        if unknown:
+            raise SetupError(
+                f"no route is called {', '.join(sorted(unknown))}; there are {', '.join(r.id for r in routes)}"
+            )
+        routes = tuple(route for route in routes if route.id in only)
+    uvloop.run(
+        run_worker(
+            settings,
+            routes,
+            nats_url=nats_url,
+            name=WorkerId(name or new_name("worker")),
+            ready_file=ready_file,
+            version=importlib.metadata.version("penstock"),
+        )
+    )

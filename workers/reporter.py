@@ -1,0 +1,229 @@
+"""Frames on their way to the ingress: numbered without gaps, coalesced under load, kept for a resend.
+
+A chunk is never held back: it goes out in the event loop's next turn. What has come together by then, because the provider sent
+several at once or this process is busy, goes out as one frame; so the busier the worker, the fewer the frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+import structlog
+from msgspec import Raw
+
+from bus.connection import BusUnavailable, Connection
+from schemas import codec, subjects
+from schemas.frames import AnyFrame, Delta, Faulted, Finished, LastFrame, Started, Yielded
+from schemas.ids import Nonce, WorkerId
+from schemas.jobs import Cancelled, Completed, Failed, HandedBack, Job, Outcome
+from workers.providers.base import Chunk
+
+log = structlog.get_logger()
+
+CHUNKS_PER_FRAME_MAX = 256
+KEPT_REPORTS_MAX = 2048  # finished attempts whose frames can still be asked for
+KEPT_FOR_S = 2.0
+
+
+class Reporter:
+    """The frames of one attempt."""
+
+    def __init__(self, job: Job, outbox: Outbox, *, worker: WorkerId, max_kept_bytes: int) -> None:
+        self.tokens = 0  # completion tokens in what was reported, as the provider counts them
+        self._job = job
+        self._outbox = outbox
+        self._worker = worker
+        self._subject = subjects.frames(worker, job.ingress, job.nonce)
+        self._seq = 0
+        self._chunks: list[Raw] = []
+        self._tokens = 0
+        self._wait_us = 0
+        self._usage_raw: bytes | None = None
+        self._last: Outcome | None = None
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._kept_bytes = 0
+        self._max_kept_bytes = max_kept_bytes
+
+    @property
+    def nonce(self) -> Nonce:
+        return self._job.nonce
+
+    def started(self) -> None:
+        job = self._job
+        frame = Started(request_id=job.request_id, epoch=job.epoch, seq=self._seq, worker=self._worker)
+        self._outbox.put(self._subject, self._keep(frame))
+
+    def chunk(self, chunk: Chunk, *, wait_us: int = 0) -> None:
+        """Takes a piece of the answer; *wait_us* is how long the provider took, on the first."""
+        if chunk.usage_raw is not None:
+            self._usage_raw = chunk.usage_raw
+        if wait_us:
+            self._wait_us = wait_us
+        if chunk.members is not None:
+            self._chunks.append(Raw(chunk.members))
+            self._tokens += chunk.tokens
+            self.tokens += chunk.tokens
+            if self._outbox.wants(self):
+                self._outbox.mark(self)
+
+    def ended(self, outcome: Outcome) -> None:
+        """Says how the attempt ended. A cancelled one says nothing: nobody listens any more."""
+        self._last = outcome
+        self._outbox.mark(self)
+
+    def resend(self, from_seq: int) -> None:
+        for seq, frame in self._kept.items():
+            if seq >= from_seq:
+                self._outbox.put(self._subject, frame)
+
+    def take(self) -> list[tuple[str, bytes]]:
+        """The frames that are due now, encoded."""
+        frames: list[bytes] = []
+        while len(self._chunks) > CHUNKS_PER_FRAME_MAX or (self._chunks and not isinstance(self._last, Completed)):
+            frames.append(self._keep(self._delta()))
+        if self._last is not None:
+            last = self._last_frame(self._last)
+            self._last = None
+            if last is not None:
+                frames.append(self._keep(last))
+        return [(self._subject, frame) for frame in frames]
+
+    def _delta(self) -> Delta:
+        chunks, self._chunks = self._chunks[:CHUNKS_PER_FRAME_MAX], self._chunks[CHUNKS_PER_FRAME_MAX:]
+        return Delta(
+            request_id=self._job.request_id,
+            epoch=self._job.epoch,
+            seq=self._seq,
+            chunks=tuple(chunks),
+            tokens=self._spend(),
+            wait_us=self._spend_wait(),
+        )
+
+    def _last_frame(self, outcome: Outcome) -> LastFrame | None:
+        request_id, epoch, seq = self._job.request_id, self._job.epoch, self._seq
+        match outcome:
+            case Completed(usage=usage, finish_reason=finish_reason):
+                chunks, self._chunks = self._chunks, []
+                return Finished(
+                    request_id=request_id,
+                    epoch=epoch,
+                    seq=seq,
+                    chunks=tuple(chunks),
+                    tokens=self._spend(),
+                    wait_us=self._spend_wait(),
+                    usage=usage,
+                    usage_raw=None if self._usage_raw is None else Raw(self._usage_raw),
+                    finish_reason=finish_reason,
+                )
+            case Failed(fault=fault):
+                return Faulted(
+                    request_id=request_id,
+                    epoch=epoch,
+                    seq=seq,
+                    code=fault.code,
+                    message=fault.message,
+                    status=fault.status,
+                    type=fault.type,
+                    param=fault.param,
+                    upstream_code=fault.upstream_code,
+                    retry_after_s=fault.retry_after_s,
+                )
+            case HandedBack(reason=reason):
+                return Yielded(request_id=request_id, epoch=epoch, seq=seq, reason=reason)
+            case Cancelled():
+                return None
+
+    def _keep(self, frame: AnyFrame) -> bytes:
+        encoded = codec.encode(frame)
+        self._kept[self._seq] = encoded
+        self._kept_bytes += len(encoded)
+        self._seq += 1
+        while self._kept_bytes > self._max_kept_bytes:
+            self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+        return encoded
+
+    def _spend(self) -> int:
+        tokens, self._tokens = self._tokens, 0
+        return tokens
+
+    def _spend_wait(self) -> int:
+        wait_us, self._wait_us = self._wait_us, 0
+        return wait_us
+
+
+class Outbox:
+    """One sender for all the attempts of a worker: it runs once in a turn of the event loop, whoever has something to say."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._ready: list[tuple[str, bytes]] = []
+        self._dirty: dict[int, Reporter] = {}
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._sender: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._sender = asyncio.create_task(self._send(), name="outbox")
+
+    async def stop(self) -> None:
+        """Returns when everything that was put has been handed to the connection."""
+        await self._idle.wait()
+        if self._sender is not None:
+            self._sender.cancel()
+            await asyncio.gather(self._sender, return_exceptions=True)
+
+    def put(self, subject: str, frame: bytes) -> None:
+        self._ready.append((subject, frame))
+        self._rouse()
+
+    def wants(self, reporter: Reporter) -> bool:
+        """Whether *reporter* still has to be marked in this turn."""
+        return id(reporter) not in self._dirty
+
+    def mark(self, reporter: Reporter) -> None:
+        self._dirty[id(reporter)] = reporter
+        self._rouse()
+
+    def _rouse(self) -> None:
+        self._idle.clear()
+        self._wake.set()
+
+    async def _send(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            ready, self._ready = self._ready, []
+            dirty, self._dirty = self._dirty, {}
+            for reporter in dirty.values():
+                ready.extend(reporter.take())
+            for subject, frame in ready:
+                try:
+                    await self._connection.say(subject, frame)
+                except BusUnavailable as error:
+                    # The ingress misses this frame's number and asks for it again.
+                    log.warning("frame_not_sent", error=error.message)
+            if not self._wake.is_set():
+                self._idle.set()
+
+
+class KeptReports:
+    """Attempts that have just ended, for an ingress that missed one of their last frames."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._reports: OrderedDict[Nonce, tuple[float, Reporter]] = OrderedDict()
+
+    def add(self, reporter: Reporter) -> None:
+        now = self._loop.time()
+        self._reports[reporter.nonce] = (now + KEPT_FOR_S, reporter)
+        while self._reports:
+            nonce, (until, _) = next(iter(self._reports.items()))
+            if until > now and len(self._reports) <= KEPT_REPORTS_MAX:
+                break
+            del self._reports[nonce]
+
+    def get(self, nonce: Nonce) -> Reporter | None:
+        found = self._reports.get(nonce)
+        return None if found is None else found[1]

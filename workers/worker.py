@@ -1,0 +1,282 @@
+"""The worker: pulls while slots are free, runs attempts, says what it is doing, drains when told to. It knows no provider."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+
+from bus.connection import BusUnavailable, Connection, Message
+from bus.log import EventLog
+from bus.puller import Puller
+from bus.streams import ensure_consumer, ensure_streams, job_consumer
+from schemas import codec, subjects
+from schemas.errors import PenstockError
+from schemas.events import AttemptFinished
+from schemas.ids import EventId, Nonce, WorkerId, new_id
+from schemas.jobs import (
+    PRESENCE_EVERY_S,
+    Announce,
+    Cancel,
+    Cancelled,
+    Completed,
+    Failed,
+    HandedBack,
+    Job,
+    Lane,
+    ModelOffer,
+    Outcome,
+    Presence,
+    Resend,
+    RouteOffer,
+    WorkerState,
+)
+from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
+from workers.attempt import Progress, run_attempt
+from workers.providers.base import Provider
+from workers.reporter import KeptReports, Outbox, Reporter
+
+log = structlog.get_logger()
+
+NAK = b"-NAK"
+ACK = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An attempt under way: what is needed to stop it or to hear it again."""
+
+    task: asyncio.Task[None]
+    progress: Progress
+    report: Reporter
+
+
+class Route:
+    """A route that this worker serves: a provider, and room for so many attempts at once."""
+
+    def __init__(self, settings: RouteSettings, provider: Provider, models: tuple[ModelSettings, ...]) -> None:
+        self.id = settings.id
+        self.provider = provider
+        self.models = models
+        self.slots = settings.max_concurrency
+        self.free = settings.max_concurrency
+        self.puller: Puller | None = None
+
+    def offer(self) -> RouteOffer:
+        models = tuple(ModelOffer(name=model.name, price=model.price) for model in self.models)
+        return RouteOffer(
+            route=self.id, provider=self.provider.name, models=models, slots=self.slots, free=max(0, self.free)
+        )
+
+
+class Worker:
+    """Serves *routes* from the queue until `drain`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        event_log: EventLog,
+        routes: list[Route],
+        *,
+        worker: WorkerId,
+        settings: WorkerSettings,
+        nats_settings: NatsSettings,
+        version: str = "",
+    ) -> None:
+        self.id = worker
+        self._connection = connection
+        self._log = event_log
+        self._routes = {route.id: route for route in routes}
+        self._settings = settings
+        self._nats_settings = nats_settings
+        self._version = version
+        self._started_ns = time.time_ns()
+        self._state = WorkerState.SERVING
+        self._running: dict[Nonce, Running] = {}
+        self._kept = KeptReports(asyncio.get_running_loop())
+        self._outbox = Outbox(connection)
+        self._beat: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises: ApiError, BusUnavailable."""
+        await ensure_streams(self._connection, self._nats_settings)
+        self._outbox.start()
+        for subject in (subjects.ctl(self.id), subjects.EVERY_WORKER):
+            await self._connection.listen(subject, self._on_command)
+        for route in self._routes.values():
+            await self._open(route)
+        self._connection.on_reconnect(self.announce)
+        self._beat = asyncio.create_task(self._announce_regularly(), name="presence")
+        await self.announce()
+
+    async def drain(self) -> None:
+        """No new jobs; what runs may finish within ``drain_s``; the rest is handed back. Then the worker is gone."""
+        self._state = WorkerState.DRAINING
+        log.info("draining", running=len(self._running))
+        await self.announce()
+        await asyncio.gather(*(route.puller.stop() for route in self._routes.values() if route.puller is not None))
+        await self._wait_idle(self._settings.drain_s)
+        for running in self._running.values():
+            self._stop(running, HandedBack(reason="worker_draining"))
+        await self._wait_idle(self._settings.drain_s)
+        await self._outbox.stop()
+        await self._log.flush()
+        self._state = WorkerState.GONE
+        await self.announce()
+        if self._beat is not None:
+            self._beat.cancel()
+            await asyncio.gather(self._beat, return_exceptions=True)
+        for route in self._routes.values():
+            await route.provider.aclose()
+
+    async def announce(self) -> None:
+        """Publishes this worker's presence."""
+        presence = Presence(
+            worker=self.id,
+            state=self._state,
+            routes=tuple(route.offer() for route in self._routes.values()),
+            started_ns=self._started_ns,
+            version=self._version,
+        )
+        try:
+            await self._connection.say(subjects.presence(self.id), codec.encode(presence))
+        except BusUnavailable as error:
+            log.debug("presence_not_sent", error=error.message)
+
+    async def _announce_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(PRESENCE_EVERY_S)
+            await self.announce()
+
+    async def _open(self, route: Route) -> None:
+        async def ensure() -> str:
+            # The streams first: JOBS lives in memory, and a server that was restarted has forgotten it.
+            await ensure_streams(self._connection, self._nats_settings)
+            config = job_consumer(route=route.id, lane=Lane.INTERACTIVE)
+            answer = await ensure_consumer(self._connection, subjects.JOBS, config)
+            return str(answer["name"])
+
+        async def take(msg: Message) -> None:
+            await self._on_delivery(route, msg)
+
+        route.puller = Puller(self._connection, stream=subjects.JOBS, ensure=ensure, on_message=take)
+        await route.puller.start()
+        route.puller.grant(route.slots)
+
+    async def _on_delivery(self, route: Route, msg: Message) -> None:
+        try:
+            job = codec.decode_job(msg.data)
+        except msgspec.MsgspecError:
+            # A newer release wrote it: leave it to a worker that can read it, but don't take it again at once.
+            log.warning("job_unreadable", subject=msg.subject)
+            await self._answer(msg, b'-NAK {"delay": 1000000000}')
+            self._grant(route)
+            return
+        if self._state is not WorkerState.SERVING or route.free <= 0:
+            await self._answer(msg, NAK)
+            return
+        route.free -= 1
+        progress = Progress()
+        report = Reporter(job, self._outbox, worker=self.id, max_kept_bytes=self._settings.max_kept_bytes)
+        task = asyncio.create_task(self._serve(route, job, report, progress))
+        # A callback and not the task's own finally: a task that is cancelled before its first step runs none of its body.
+        task.add_done_callback(lambda _: self._free(route, job.nonce, report))
+        self._running[job.nonce] = Running(task, progress, report)
+        # Acked at once: from Started on the ingress owns recovery, and only what was never started is delivered again.
+        await self._answer(msg, ACK)
+
+    async def _serve(self, route: Route, job: Job, report: Reporter, progress: Progress) -> None:
+        try:
+            outcome = await run_attempt(job, provider=route.provider, report=report, progress=progress)
+            self._log.note(self._receipt(route, job, report, progress, outcome))
+        except PenstockError as error:
+            log.error("receipt_lost", request_id=job.request_id, epoch=job.epoch, error=error.message)
+
+    def _free(self, route: Route, nonce: Nonce, report: Reporter) -> None:
+        del self._running[nonce]
+        self._kept.add(report)
+        route.free += 1
+        self._grant(route)
+
+    def _receipt(
+        self, route: Route, job: Job, report: Reporter, progress: Progress, outcome: Outcome
+    ) -> AttemptFinished:
+        kind, code, status = _told(outcome)
+        first = progress.first_chunk
+        return AttemptFinished(
+            id=EventId(new_id()),
+            ts_ns=time.time_ns(),
+            org=job.org,
+            request_id=job.request_id,
+            epoch=job.epoch,
+            producer=self._log.producer,
+            key_id=job.key_id,
+            route=route.id,
+            worker=self.id,
+            provider=route.provider.name,
+            model=job.model,
+            upstream_model=route.provider.upstream_model(job.model),
+            outcome=kind,
+            code=code,
+            upstream_status=status,
+            upstream_id=progress.upstream_id,
+            usage=progress.usage,
+            tokens_sent=report.tokens,
+            first_token_us=None if first is None else int((first - progress.began) * 1e6),
+            duration_us=int((time.monotonic() - progress.began) * 1e6),
+            finish_reason=progress.finish_reason,
+        )
+
+    async def _on_command(self, msg: Message) -> None:
+        try:
+            command = codec.decode_command(msg.data)
+        except msgspec.MsgspecError:
+            log.warning("command_unreadable", subject=msg.subject)
+            return
+        match command:
+            case Cancel(nonce=nonce, reason=reason):
+                if running := self._running.get(nonce):
+                    self._stop(running, Cancelled(reason=reason))
+            case Resend(nonce=nonce, seq=seq):
+                found = self._running.get(nonce)
+                report = found.report if found is not None else self._kept.get(nonce)
+                if report is not None:
+                    report.resend(seq)
+            case Announce():
+                await self.announce()
+
+    def _stop(self, running: Running, why: Cancelled | HandedBack) -> None:
+        if running.progress.stop is None:
+            running.progress.stop = why
+            running.task.cancel()
+
+    def _grant(self, route: Route) -> None:
+        if self._state is WorkerState.SERVING and route.puller is not None:
+            route.puller.grant(1)
+
+    async def _answer(self, msg: Message, word: bytes) -> None:
+        try:
+            await self._connection.say(msg.reply, word)
+        except BusUnavailable as error:
+            log.warning("delivery_not_answered", error=error.message)  # it is delivered again after ack_wait
+
+    async def _wait_idle(self, timeout_s: float) -> None:
+        tasks = [running.task for running in self._running.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
+
+
+def _told(outcome: Outcome) -> tuple[str, str | None, int | None]:
+    """How the receipt tells an outcome: its kind, its code, the provider's status."""
+    match outcome:
+        case Completed():
+            return "completed", None, None
+        case Failed(fault=fault):
+            return "failed", fault.code, fault.status
+        case Cancelled(reason=reason):
+            return "cancelled", reason, None
+        case HandedBack(reason=reason):
+            return "handed_back", reason, None
