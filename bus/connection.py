@@ -108,7 +108,12 @@ class Connection:
                 if self.nc.is_connected:
                     await self.nc.flush(1)
                 await self.nc.close()
-        except (nats.errors.Error, OSError, TimeoutError) as error:
+        except (
+            nats.errors.Error,
+            OSError,
+            TimeoutError,
+            RuntimeError,
+        ) as error:  # RuntimeError: uvloop, closed already
             log.debug("close_failed", error=type(error).__name__)
 
     async def _on_error(self, error: Exception) -> None:

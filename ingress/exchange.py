@@ -28,6 +28,7 @@ from schemas.errors import (
     PenstockError,
     ProviderNonsense,
     QueueTimeout,
+    Stopping,
     TotalTimeout,
     WorkerLost,
 )
@@ -149,11 +150,18 @@ class Exchange:
         except asyncio.CancelledError:
             # The process stops and will wait no longer: the books are closed all the same.
             self._stop("ingress_stopping")
-            await asyncio.shield(asyncio.ensure_future(self._close(Left("ingress_stopping"))))
-            raise
+            self._uncancel()
+            await self._close(Broke(Stopping()))
+            return
         finally:
             listener.cancel()
         await self._close(ending)
+
+    @staticmethod
+    def _uncancel() -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()
 
     async def _attempts(self) -> Ending:
         lost: PenstockError = WorkerLost()
@@ -248,7 +256,8 @@ class Exchange:
                 ending = Broke(error)
         match ending:
             case Done(frame):
-                usage = usage_json(self._estimate()) if frame.usage_raw is None else bytes(frame.usage_raw)
+                told = bytes(frame.usage_raw)
+                usage = usage_json(self._estimate()) if frame.usage is None else told
                 await self._answer.finish(frame.chunks, usage)
             case Broke(cause):
                 await self._answer.fail(problem_of(cause))

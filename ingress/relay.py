@@ -181,6 +181,8 @@ class Switchboard:
             frame = codec.decode_frame(msg.data)
         except msgspec.MsgspecError:
             log.warning("frame_unreadable", worker=worker)
+            if relay is not None:
+                relay.fail(FrameGap())
             return
         if relay is not None:
             relay.feed(frame, len(msg.data))

@@ -16,6 +16,7 @@ PenstockError
 │   ├── Overloaded               503  this process is at its bound of concurrent requests
 │   ├── QueueUnavailable         503  the queue can't be reached
 │   ├── LogUnavailable           503  the event log can't be written, so nothing may be served
+│   ├── Stopping                 503  this process ends and the drain's time is over
 │   ├── QueueTimeout             504  no worker took the job in time
 │   ├── FirstTokenTimeout        504  a worker took it, but nothing came
 │   ├── IdleTimeout              504  the tokens stopped coming
@@ -146,6 +147,12 @@ class LogUnavailable(ServiceError):
     """The event log can't be written at the moment, so no request can be served. Retry shortly."""
 
     code = "log_unavailable"
+
+
+class Stopping(ServiceError):
+    """The server is stopping and could wait no longer. Retry."""
+
+    code = "stopping"
 
 
 class QueueTimeout(ServiceError):

@@ -16,6 +16,8 @@ from msgspec import Raw, Struct
 from schemas.ids import RequestId, WorkerId
 from schemas.money import Usage
 
+NOT_TOLD = Raw(b"null")  # msgspec takes no union of Raw and None
+
 
 class Frame(Struct, frozen=True, kw_only=True, tag_field="t", omit_defaults=True):
     request_id: RequestId
@@ -44,7 +46,7 @@ class Finished(Frame, frozen=True, kw_only=True, tag="finished"):
     tokens: int = 0
     wait_us: int = 0
     usage: Usage | None = None  # the provider's own figure, None if it gave none
-    usage_raw: Raw | None = None  # the same as the provider wrote it, for the client
+    usage_raw: Raw = NOT_TOLD  # the same as the provider wrote it, for the client
     finish_reason: str | None = None  # of the first choice
 
 

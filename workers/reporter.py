@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from bus.connection import BusUnavailable, Connection
 from schemas import codec, subjects
-from schemas.frames import AnyFrame, Delta, Faulted, Finished, LastFrame, Started, Yielded
+from schemas.frames import NOT_TOLD, AnyFrame, Delta, Faulted, Finished, LastFrame, Started, Yielded
 from schemas.ids import Nonce, WorkerId
 from schemas.jobs import Cancelled, Completed, Failed, HandedBack, Job, Outcome
 from workers.providers.base import Chunk
@@ -113,7 +113,7 @@ class Reporter:
                     tokens=self._spend(),
                     wait_us=self._spend_wait(),
                     usage=usage,
-                    usage_raw=None if self._usage_raw is None else Raw(self._usage_raw),
+                    usage_raw=NOT_TOLD if self._usage_raw is None else Raw(self._usage_raw),
                     finish_reason=finish_reason,
                 )
             case Failed(fault=fault):
