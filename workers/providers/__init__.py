@@ -8,9 +8,11 @@ from schemas.errors import SetupError
 from schemas.settings import RouteSettings, WorkerSettings
 from workers.providers.base import Provider
 from workers.providers.echo import Echo
+from workers.providers.openai import OpenAI
 
 _KNOWN: dict[str, Callable[[RouteSettings, WorkerSettings], Provider]] = {
     "echo": lambda route, _: Echo.from_route(route),
+    "openai": OpenAI.from_route,
 }
 
 

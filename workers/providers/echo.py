@@ -67,6 +67,9 @@ class Echo:
         usage, raw = _usage(said)
         yield Chunk(members=None, usage=usage, usage_raw=raw)
 
+    async def models(self) -> tuple[str, ...]:
+        return (self.name,)
+
     async def aclose(self) -> None:
         pass
 

@@ -20,7 +20,7 @@ from workers.providers.schema_fill import fill
 from workers.providers.schema_walk import Unfillable
 
 CHOICES_MAX = 128
-ANSWER_TOKENS_MAX = 128 * 1024  # its "context": a longer answer ends with finish_reason "length"
+ANSWER_TOKENS_MAX = 32 * 1024  # of all choices together: a longer answer ends with finish_reason "length"
 SEARCHED_CHARS_MAX = 100_000  # of a message, for the names of tools
 KIND_CHARS_MAX = 40  # of an unknown content part's type
 
@@ -52,9 +52,15 @@ class Request(Struct, frozen=True):
     response_format: dict[str, Any] | None = None
 
     @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
     def limit(self) -> int:
+        """The tokens that each choice may have."""
         stated = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return ANSWER_TOKENS_MAX if stated is None else min(stated, ANSWER_TOKENS_MAX)
+        most = ANSWER_TOKENS_MAX // self.choices
+        return most if stated is None else min(stated, most)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +105,7 @@ def read(body: bytes | msgspec.Raw) -> Request:
         raise _rejected(f"The body is not a chat completion request: {error}") from error
     if not request.messages:
         raise _rejected("messages must not be empty", param="messages")
-    if not 1 <= (1 if request.n is None else request.n) <= CHOICES_MAX:
+    if not 1 <= request.choices <= CHOICES_MAX:
         raise _rejected(f"n must be 1 to {CHOICES_MAX}", param="n")
     if request.limit < 0:
         raise _rejected("max_completion_tokens must not be negative", param="max_completion_tokens")
@@ -121,7 +127,7 @@ def answer(request: Request) -> Answer:
         calls=calls,
         text=text,
         finish_reason=finish if whole else "length",
-        choices=request.n or 1,
+        choices=request.choices,
         prompt_tokens=sum(_prompt_tokens(message) for message in request.messages),
     )
 

@@ -1,0 +1,220 @@
+"""Any server that speaks OpenAI's chat completions: OpenAI itself, vLLM, Ollama, another gateway.
+
+The request goes out as the client wrote it, but for the model's name and a usage report at the end of a stream; the answer
+comes back as the provider wrote it. upstream.py speaks HTTP, openai_chunks.py reads answers, openai_faults.py errors.
+Source: docs/adr/0020-pass-through.md, docs/adr/0022-upstream-faults.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import msgspec
+import yarl
+from msgspec import Raw, Struct
+
+from schemas.errors import ProviderNonsense, ProviderRejected, SetupError
+from schemas.jobs import Job
+from schemas.settings import ModelSettings, RouteSettings, WorkerSettings, secret
+from workers.providers.base import Chunk
+from workers.providers.openai_chunks import ChunkReader
+from workers.providers.openai_faults import complaint, refusal, refusal_inside, retry_after_s
+from workers.providers.patience import Patience
+from workers.providers.sse import EventSplitter
+from workers.providers.upstream import Upstream, UpstreamAnswer
+
+OPENAI_URL = "https://api.openai.com/v1"
+ERROR_BODY_BYTES_MAX = 64 * 1024
+MODELS_TIMEOUT_S = 10.0
+MODELS_BYTES_MAX = 8 * 1024 * 1024
+
+_STREAM, _JSON = "text/event-stream", "application/json"
+_USAGE_WANTED = Raw(b'{"include_usage":true}')
+_TRUE, _FALSE = Raw(b"true"), Raw(b"false")
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class _Model(Struct):
+    id: str
+
+
+class _Models(Struct):
+    data: list[_Model]
+
+
+_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_models = msgspec.json.Decoder(_Models).decode
+_encode = msgspec.json.encode
+
+
+class OpenAI:
+    name = "openai"
+
+    def __init__(
+        self,
+        base_url: str,
+        models: tuple[ModelSettings, ...] = (),
+        *,
+        key: str | None = None,
+        max_concurrency: int = 64,
+        settings: WorkerSettings | None = None,
+    ) -> None:
+        self._settings = settings or WorkerSettings()
+        self._upstream_names = {model.name: model.upstream_name for model in models}
+        headers = {"Content-Type": "application/json"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        self._upstream = Upstream(base_url, headers, max_concurrency=max_concurrency, settings=self._settings)
+
+    @classmethod
+    def from_route(cls, route: RouteSettings, settings: WorkerSettings) -> OpenAI:
+        """Raises: SetupError if the address isn't one, or none of the keys can be read."""
+        base_url = route.base_url or OPENAI_URL
+        if not _is_address(base_url):
+            raise SetupError(f"route {route.id!r}: base_url must be http:// or https:// and a host, not {base_url!r}")
+        key = _first_key(route)
+        return cls(base_url, route.models, key=key, max_concurrency=route.max_concurrency, settings=settings)
+
+    def upstream_model(self, model: str) -> str:
+        return self._upstream_names.get(model, model)
+
+    def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
+        """Closing the generator, or cancelling its task, closes the connection, so that the engine stops too.
+
+        Raises: a subclass of Fault.
+        """
+        return self._stream(job) if job.stream else self._whole(job)
+
+    async def models(self) -> tuple[str, ...]:
+        patience = Patience(
+            first_s=MODELS_TIMEOUT_S,
+            idle_s=MODELS_TIMEOUT_S,
+            total_s=MODELS_TIMEOUT_S,
+            clock=asyncio.get_running_loop().time,
+        )
+        answer = await self._upstream.ask("GET", "/models", patience=patience)
+        try:
+            await _must_be(_JSON, answer, patience)
+            body = await answer.read_all(MODELS_BYTES_MAX, patience)
+            return tuple(dict.fromkeys(model.id for model in _models(body).data))
+        except _NOT_JSON as error:
+            raise ProviderNonsense("The provider answered with something that is not a list of models.") from error
+        finally:
+            answer.close()
+
+    async def aclose(self) -> None:
+        await self._upstream.aclose()
+
+    async def _stream(self, job: Job) -> AsyncGenerator[Chunk, None]:
+        reader, events = ChunkReader(), EventSplitter(self._settings.max_event_bytes)
+        patience = self._patience(job)
+        answer = await self._ask(job, patience)
+        try:
+            await _must_be(_STREAM, answer, patience)
+            at_end = False
+            while not (reader.done or at_end):
+                data = await answer.read(patience)
+                at_end = not data
+                for name, payload in events.feed(data) if data else events.end():
+                    chunk = reader.event(name, payload)
+                    if reader.done:
+                        break
+                    if chunk is not None:
+                        yield chunk
+                        patience.renew()
+            reader.check_complete()
+        except BaseException:
+            answer.close()
+            raise
+        answer.let_go()
+
+    async def _whole(self, job: Job) -> AsyncGenerator[Chunk, None]:
+        patience = self._patience(job)
+        answer = await self._ask(job, patience)
+        try:
+            await _must_be(_JSON, answer, patience)
+            body = await answer.read_all(self._settings.max_response_bytes, patience)
+            chunk = ChunkReader().body(body)
+        finally:
+            answer.close()
+        yield chunk
+
+    async def _ask(self, job: Job, patience: Patience) -> UpstreamAnswer:
+        body = rewritten(job, self.upstream_model(job.model))
+        return await self._upstream.ask("POST", "/chat/completions", body=body, patience=patience)
+
+    def _patience(self, job: Job) -> Patience:
+        return Patience.with_job(job.timeouts, self._settings, clock=asyncio.get_running_loop().time)
+
+
+async def _must_be(content_type: str, answer: UpstreamAnswer, patience: Patience) -> None:
+    """Raises: what the answer is, if it isn't a success of this type."""
+    stated = answer.content_type
+    if answer.status == 200 and stated in (content_type, None):
+        return
+    body = await answer.read_some(ERROR_BODY_BYTES_MAX, patience)
+    said = complaint(body)
+    if answer.status != 200:
+        raise refusal(answer.status, said, retry_after_s=retry_after_s(answer.headers))
+    if stated == _JSON and said.stated:  # an error in a 200, where a stream should be
+        raise refusal_inside(said)
+    raise ProviderNonsense(f"The provider answered with {stated!r} where {content_type!r} is expected.")
+
+
+def rewritten(job: Job, upstream_model: str) -> bytes:
+    """The client's body with the provider's name of the model, and for a stream with the usage asked for.
+
+    Every other member, known or not, goes on byte for byte.
+    Raises: ProviderRejected if the body is not a JSON object.
+    """
+    try:
+        members = _members(job.body)
+    except _NOT_JSON as error:
+        raise ProviderRejected("The body is not a JSON object.", status=400, type_="invalid_request_error") from error
+    members["model"] = Raw(_encode(upstream_model))
+    if job.stream:
+        members["stream"] = _TRUE
+        members["stream_options"] = _with_usage(members.get("stream_options"))
+    elif "stream" in members:
+        members["stream"] = _FALSE
+    return _encode(members)
+
+
+def _with_usage(options: Raw | None) -> Raw:
+    if options is None:
+        return _USAGE_WANTED
+    try:
+        members = _members(options)
+    except msgspec.DecodeError:  # null, or something for the provider to refuse
+        return _USAGE_WANTED if bytes(options) == b"null" else options
+    members["include_usage"] = _TRUE
+    return Raw(_encode(members))
+
+
+def _is_address(base_url: str) -> bool:
+    try:
+        url = yarl.URL(base_url)
+        return url.scheme in ("http", "https") and bool(url.host)
+    except ValueError:
+        return False
+
+
+def _first_key(route: RouteSettings) -> str | None:
+    """The first of the route's keys that can be read; None if it has none.
+
+    Raises: SetupError if it has some and none can be read.
+    """
+    missing: SetupError | None = None
+    for reference in route.api_keys:
+        try:
+            key = secret(reference)
+        except SetupError as error:
+            missing = missing or error
+            continue
+        if not key.isascii() or not key.isprintable():
+            raise SetupError(f"route {route.id!r}: the key {reference} has characters that no header can carry")
+        return key
+    if missing is not None:
+        raise SetupError(f"route {route.id!r}: {missing.message}") from missing
+    return None

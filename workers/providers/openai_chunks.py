@@ -1,0 +1,273 @@
+"""What an OpenAI-compatible server says, as chunks; pure, and the hottest code of a worker.
+
+The choices and every member that we don't know are passed on byte for byte: they are cut out of the JSON, not rebuilt. Only
+what has to be known is looked into: usage, finish reasons, and how much text there is.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Raw, Struct
+
+from schemas.errors import ProviderFailed, ProviderNonsense
+from schemas.money import Usage
+from workers.providers.base import Chunk
+from workers.providers.openai_faults import complaint_of, refusal_inside
+from workers.providers.tokens import estimate
+
+TOKENS_MAX = 10**12  # a count beyond this is a mistake of the provider's
+DONE = b"[DONE]"
+
+_NULL = Raw(b"null")
+_QUOTES_BYTES = 2
+_OURS = ("object", "created", "model")
+_OF_NO_INTEREST = frozenset({"system_fingerprint", "service_tier", "obfuscation"})  # when they come alone
+_FAILED = frozenset({"abort", "error"})  # how vLLM and SGLang end a generation that went wrong
+
+
+class _Text(Struct, gc=False):
+    """A delta or a message: where there may be text. As raw JSON, so that its shape is the provider's business."""
+
+    content: Raw = _NULL
+    reasoning_content: Raw = _NULL
+    reasoning: Raw = _NULL  # some servers send the same under both names
+    refusal: Raw = _NULL
+    tool_calls: Raw = _NULL
+    function_call: Raw = _NULL
+
+
+class _Choice(Struct, gc=False):
+    index: int = 0
+    delta: _Text | None = None
+    message: _Text | None = None
+    finish_reason: str | None = None
+
+
+class _Called(Struct, gc=False):
+    name: Raw = _NULL
+    arguments: Raw = _NULL
+    input: Raw = _NULL
+
+
+class _Call(Struct, gc=False):
+    function: _Called | None = None
+    custom: _Called | None = None
+
+
+class _PromptDetails(Struct):
+    cached_tokens: int | None = None
+    audio_tokens: int | None = None
+
+
+class _CompletionDetails(Struct):
+    reasoning_tokens: int | None = None
+    audio_tokens: int | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
+    prompt_cache_hit_tokens: int | None = None  # DeepSeek's name
+
+
+_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_choices = msgspec.json.Decoder(list[_Choice]).decode
+_calls = msgspec.json.Decoder(list[_Call]).decode
+_called = msgspec.json.Decoder(_Called).decode
+_usage = msgspec.json.Decoder(_Usage).decode
+_text = msgspec.json.Decoder(str).decode
+_anything = msgspec.json.Decoder().decode
+_encode = msgspec.json.encode
+
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class ChunkReader:
+    """Reads the answer to one request, in order: each event of a stream, or the one body."""
+
+    def __init__(self) -> None:
+        self.done = False  # the provider said that nothing more comes
+        self._open: set[int] = set()  # choices that have begun and not finished
+        self._finished = False  # at least one choice has
+        self._begun = False
+        self._id_raw: Raw | None = None
+        self._id: str | None = None
+
+    def event(self, name: bytes, data: bytes) -> Chunk | None:
+        """The chunk in one event of a stream; None if there is nothing in it for anybody.
+
+        Raises: ProviderNonsense if it isn't a chunk, another Fault if it is an error.
+        """
+        if data == DONE:
+            self.done = True
+            return None
+        members = _object(data)
+        if name == b"error":
+            raise _fault(data)
+        return self._chunk(members, data, streamed=True)
+
+    def body(self, data: bytes) -> Chunk:
+        """The chunk that a whole answer is.
+
+        Raises: as `event`.
+        """
+        chunk = self._chunk(_object(data), data, streamed=False)
+        if chunk is None or chunk.members is None or not self._begun:
+            raise ProviderNonsense("The provider answered without choices.")
+        return chunk
+
+    def check_complete(self) -> None:
+        """To be called at the end of a stream.
+
+        Raises: ProviderFailed if it ended too early, ProviderNonsense if it never began.
+        """
+        if self.done and not self._begun:
+            raise ProviderNonsense("The provider's stream had no choices.")
+        if not self.done and not self.finished:
+            raise ProviderFailed("The provider's answer ended early.")
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has its finish reason."""
+        return self._finished and not self._open
+
+    def _chunk(self, members: dict[str, Raw], data: bytes, *, streamed: bool) -> Chunk | None:
+        if "error" in members and bytes(members.pop("error")) != b"null":
+            raise _fault(data)
+        raw_choices = members.pop("choices", None)
+        if raw_choices is None:
+            raise _without_choices(members, data)
+        choices = _read_choices(raw_choices)
+        upstream_id = self._upstream_id(members.pop("id", None))
+        for name in _OURS:
+            members.pop(name, None)
+        usage, usage_raw = _read_usage(members.pop("usage", None))
+        finish_reason, tokens = None, 0
+        for choice in choices:
+            said = choice.delta if streamed else choice.message
+            if said is None:
+                if streamed and choice.finish_reason is not None:
+                    said = _Text()
+                else:
+                    raise ProviderNonsense(f"The provider sent a choice without {'delta' if streamed else 'message'}.")
+            tokens += _tokens(said)
+            reason = choice.finish_reason
+            self._begun = True
+            if reason is None:
+                self._open.add(choice.index)
+                continue
+            if reason in _FAILED:
+                raise ProviderFailed(f"The provider gave the generation up (finish_reason {reason!r}).")
+            self._open.discard(choice.index)
+            self._finished = True
+            if choice.index == 0:
+                finish_reason = reason
+        if not choices and _OF_NO_INTEREST.issuperset(members):
+            if usage is None:
+                return None
+            return Chunk(members=None, usage=usage, usage_raw=usage_raw, upstream_id=upstream_id)
+        head = b'{"choices":' + raw_choices
+        return Chunk(
+            members=head + b"," + _encode(members)[1:] if members else head + b"}",
+            tokens=tokens if streamed or usage is None else usage.completion_tokens,
+            finish_reason=finish_reason,
+            usage=usage,
+            usage_raw=usage_raw,
+            upstream_id=upstream_id,
+        )
+
+    def _upstream_id(self, raw: Raw | None) -> str | None:
+        if raw is not None and raw != self._id_raw:
+            self._id_raw = Raw(bytes(raw))  # a copy: the view would keep the whole chunk alive
+            try:
+                self._id = _text(raw)
+            except msgspec.MsgspecError:
+                self._id = None
+        return self._id
+
+
+def _object(data: bytes) -> dict[str, Raw]:
+    try:
+        str(data, "utf-8")  # what is cut out is not decoded any more, so this is where it is looked at
+        return _members(data)
+    except _NOT_JSON as error:
+        raise ProviderNonsense("The provider sent something that is not a JSON object.") from error
+
+
+def _fault(data: bytes) -> Exception:
+    return refusal_inside(complaint_of(_anything(data)))
+
+
+def _without_choices(members: dict[str, Raw], data: bytes) -> Exception:
+    """VLLM's older error bodies have no ``error``: they are one."""
+    if "object" in members and bytes(members["object"]) == b'"error"':
+        return _fault(data)
+    return ProviderNonsense("The provider answered without choices.")
+
+
+def _read_choices(raw: Raw) -> list[_Choice]:
+    try:
+        return _choices(raw)
+    except _NOT_JSON as error:
+        raise ProviderNonsense("The provider sent choices that are not a list of choices.") from error
+
+
+def _read_usage(raw: Raw | None) -> tuple[Usage | None, bytes | None]:
+    """A usage that can't be true, or isn't one, counts as none."""
+    if raw is None or raw == _NULL:
+        return None, None
+    try:
+        stated = _usage(raw)
+    except _NOT_JSON:
+        return None, None
+    prompt, completion = stated.prompt_tokens, stated.completion_tokens
+    if prompt is None and completion is None:
+        return None, None
+    ins, outs = (
+        stated.prompt_tokens_details or _PromptDetails(),
+        stated.completion_tokens_details or _CompletionDetails(),
+    )
+    usage = Usage(
+        prompt_tokens=prompt or 0,
+        completion_tokens=completion or 0,
+        cached_tokens=ins.cached_tokens or stated.prompt_cache_hit_tokens or 0,
+        reasoning_tokens=outs.reasoning_tokens or 0,
+        audio_prompt_tokens=ins.audio_tokens or 0,
+        audio_completion_tokens=outs.audio_tokens or 0,
+    )
+    if not all(0 <= count <= TOKENS_MAX for count in msgspec.structs.astuple(usage)):
+        return None, None
+    return usage, bytes(raw)
+
+
+def _tokens(said: _Text) -> int:
+    """About how many tokens this much text is; exact for an engine that sends a chunk for each token."""
+    count = 0 if said.content is _NULL else estimate(_size(said.content))
+    if said.reasoning_content is not _NULL or said.reasoning is not _NULL:
+        count += estimate(max(_size(said.reasoning_content), _size(said.reasoning)))
+    if said.refusal is not _NULL:
+        count += estimate(_size(said.refusal))
+    if said.tool_calls is not _NULL or said.function_call is not _NULL:
+        count += _called_tokens(said)
+    return count
+
+
+def _called_tokens(said: _Text) -> int:
+    try:
+        calls = [] if said.tool_calls == _NULL else _calls(said.tool_calls)
+        called = [call.function or call.custom for call in calls]
+        called += [] if said.function_call == _NULL else [_called(said.function_call)]
+    except _NOT_JSON:  # a shape of its own: go by its length
+        return estimate(_size(said.tool_calls) + _size(said.function_call))
+    return sum(
+        estimate(_size(each.name)) + estimate(_size(each.arguments)) + estimate(_size(each.input))
+        for each in called
+        if each is not None
+    )
+
+
+def _size(raw: Raw) -> int:
+    """Bytes of a text, as JSON writes them; 0 for null."""
+    return 0 if raw is _NULL or raw == _NULL else len(memoryview(raw)) - _QUOTES_BYTES
