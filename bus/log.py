@@ -62,9 +62,14 @@ class EventLog:
 
         Raises: LogUnavailable if that takes longer than *within_s*; the event is kept, and written when the log is back.
         """
+        await self.durable(self.append(event), within_s=within_s)
+
+    @staticmethod
+    async def durable(appended: asyncio.Future[None], *, within_s: float) -> None:
+        """Returns when what `append` gave is durable. Raises: LogUnavailable if that takes longer than *within_s*."""
         try:
             async with asyncio.timeout(within_s):
-                await self.append(event)
+                await appended
         except TimeoutError as error:
             raise LogUnavailable from error
 

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bus.connection import Connection
 from bus.control import ControlFeed
@@ -25,6 +26,7 @@ from schemas.ids import new_id
 from schemas.settings import IngressSettings
 
 SECOND_NS = 1_000_000_000
+CHAT_PATH = "/v1/chat/completions"
 
 
 def build_app(
@@ -34,14 +36,13 @@ def build_app(
     control: ControlFeed,
     fleet: Fleet,
     settings: IngressSettings,
-) -> Starlette:
+) -> ASGIApp:
     chat = ChatCompletions(services, control=control, fleet=fleet, settings=settings)
     models = Models(control, fleet)
     admin = Admin(control, fleet, producer=services.log.producer)
     health = Health(connection, fleet)
-    return Starlette(
+    rest = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{model:path}", models.retrieve, methods=["GET"]),
             Route("/v1/models/{model:path}", models.delete, methods=["DELETE"]),
@@ -56,6 +57,15 @@ def build_app(
         ],
         exception_handlers={PenstockError: _on_error, HTTPException: _on_http_error},
     )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # The one path that is hot goes around the router and its layers: they are a twentieth of its CPU.
+        if scope["type"] == "http" and scope["path"] == CHAT_PATH:
+            await chat(scope, receive, send)
+        else:
+            await rest(scope, receive, send)
+
+    return app
 
 
 class Models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from dataclasses import dataclass
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -41,6 +42,16 @@ class ClientLeftError(PenstockError):
     code = "client_left"
 
 
+@dataclass(slots=True)
+class Visit:
+    """What is known of a request before it is accepted or refused."""
+
+    arrival: Arrival
+    principal: KeyStated | None = None
+    request: ChatRequest | None = None
+    body_bytes: int = 0
+
+
 class ChatCompletions:
     """The endpoint, as a plain ASGI application."""
 
@@ -52,41 +63,54 @@ class ChatCompletions:
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrival = Arrival(RequestId(new_id()), asyncio.get_running_loop().time(), time.time_ns())
-        principal: KeyStated | None = None
-        request: ChatRequest | None = None
-        body = b""
         self._running += 1
         try:
-            if scope["method"] != "POST":
-                raise MethodNotAllowed("Send a POST request with a JSON body.")
-            if self._running > self._settings.max_concurrent_requests:
-                raise Overloaded
-            principal = authenticate(scope["headers"], self._control.state, now_ns=arrival.ns)
-            body = await self._read_body(scope, receive)
-            request = decode_request(body)
-            if not self._services.queue.is_up:
-                raise QueueUnavailable
-            routes = plan(
-                request.model,
-                offers=self._fleet.offers(request.model),
-                stated=self._control.state.routes,
-                known=self._fleet.knows(request.model),
-            )
-            exchange = Exchange(
-                self._services,
-                arrival,
-                request,
-                body=body,
-                principal=principal,
-                plan=routes,
-                prompt_hash=prompt_hash(principal.org, request.messages_raw),
-            )
-            await exchange.run(_answer(send, arrival, request, exchange), receive)
-        except PenstockError as error:
-            await self._reject(error, arrival, send, principal=principal, request=request, body_bytes=len(body))
+            visit = Visit(Arrival(RequestId(new_id()), asyncio.get_running_loop().time(), time.time_ns()))
+            try:
+                exchange, request = await self._admit(visit, scope, receive)
+            except PenstockError as error:
+                await self._reject(error, visit, send)
+            except Exception:
+                # A defect of ours costs one request, and is told in the API's shape like every other error.
+                log.exception("admission_broke", request_id=visit.arrival.request_id)
+                await self._reject(PenstockError(), visit, send)
+            else:
+                await exchange.run(_answer(send, visit.arrival, request, exchange), receive)
         finally:
             self._running -= 1
+
+    async def _admit(self, visit: Visit, scope: Scope, receive: Receive) -> tuple[Exchange, ChatRequest]:
+        """The exchange for a request that may be served; *visit* is told what is known of it on the way.
+
+        Raises: PenstockError that says why it may not.
+        """
+        if scope["method"] != "POST":
+            raise MethodNotAllowed("Send a POST request with a JSON body.")
+        if self._running > self._settings.max_concurrent_requests:
+            raise Overloaded
+        principal = authenticate(scope["headers"], self._control.state, now_ns=visit.arrival.ns)
+        visit.principal = principal
+        body = await self._read_body(scope, receive)
+        visit.body_bytes = len(body)
+        visit.request = request = decode_request(body)
+        if not self._services.queue.is_up:
+            raise QueueUnavailable
+        routes = plan(
+            request.model,
+            offers=self._fleet.offers(request.model),
+            stated=self._control.state.routes,
+            known=self._fleet.knows(request.model),
+        )
+        exchange = Exchange(
+            self._services,
+            visit.arrival,
+            request,
+            body=body,
+            principal=principal,
+            plan=routes,
+            prompt_hash=prompt_hash(principal.org, request.messages_raw),
+        )
+        return exchange, request
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises: BodyTooLarge, RequestTimeout, ClientLeftError."""
@@ -113,38 +137,30 @@ class ChatCompletions:
                 f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
             ) from error
 
-    async def _reject(
-        self,
-        error: PenstockError,
-        arrival: Arrival,
-        send: Send,
-        *,
-        principal: KeyStated | None,
-        request: ChatRequest | None,
-        body_bytes: int,
-    ) -> None:
+    async def _reject(self, error: PenstockError, visit: Visit, send: Send) -> None:
         """Records why, then says why."""
         problem = problem_of(error)
         left = isinstance(error, ClientLeftError)
+        principal, request = visit.principal, visit.request
         event = RequestRejected(
             id=EventId(new_id()),
             ts_ns=time.time_ns(),
-            org=None if principal is None else OrgId(principal.org),
-            request_id=arrival.request_id,
+            org=None if principal is None else principal.org,
+            request_id=visit.arrival.request_id,
             producer=self._services.log.producer,
             key_id=None if principal is None else principal.key_id,
             model=None if request is None else request.model,
             code=error.code,
             http_status=CLIENT_LEFT_STATUS if left else problem.status,
             stream=request is not None and request.stream,
-            body_bytes=body_bytes,
+            body_bytes=visit.body_bytes,
         )
         try:
             await self._services.log.record(event, within_s=RECORD_FAILURE_WAIT_S)
         except LogUnavailable as unavailable:
             log.error("rejection_not_recorded_in_time", code=error.code, error=unavailable.message)
         if not left:
-            headers: Headers = [(b"x-request-id", arrival.request_id.encode())]
+            headers: Headers = [(b"x-request-id", visit.arrival.request_id.encode())]
             if isinstance(error, BodyTooLarge | RequestTimeout):
                 headers.append((b"connection", b"close"))  # the rest of the body is not read
             await send_problem(send, problem, headers)

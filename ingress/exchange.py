@@ -153,6 +153,10 @@ class Exchange:
             self._uncancel()
             await self._close(Broke(Stopping()))
             return
+        except Exception:
+            log.exception("exchange_broke", request_id=self._arrival.request_id)
+            self._stop("internal_error")
+            ending = Broke(PenstockError())
         finally:
             listener.cancel()
         await self._close(ending)
@@ -164,15 +168,14 @@ class Exchange:
             task.uncancel()
 
     async def _attempts(self) -> Ending:
-        lost: PenstockError = WorkerLost()
-        for epoch in range(1, ATTEMPTS_MAX + 1):
-            self.attempts = epoch
-            self.route = self._plan.routes[(epoch - 1) % len(self._plan.routes)]
-            ending = await self._attempt(epoch)
+        while True:
+            self.route = self._plan.routes[self.attempts % len(self._plan.routes)]
+            self.attempts += 1
+            ending = await self._attempt(epoch=self.attempts)
             if not isinstance(ending, Again):
                 return ending
-            lost = ending.error
-        return Broke(lost)
+            if self.attempts == ATTEMPTS_MAX:
+                return Broke(ending.error)
 
     async def _attempt(self, epoch: int) -> Ending | Again:
         """One attempt: publish, then hand on what comes until something ends it."""
@@ -195,8 +198,7 @@ class Exchange:
         if self._accepted is None:
             self._accepted = self._s.log.append(self._accepted_event())
         self._job_seq = await self._s.queue.publish(self._job(relay, epoch))
-        async with asyncio.timeout_at(self._loop.time() + RECORD_WAIT_S):
-            await self._accepted  # no byte goes out before both are on record
+        await self._s.log.durable(self._accepted, within_s=RECORD_WAIT_S)  # no byte goes out before both are on record
         self._heard_at = self._loop.time()
         comment_at = self._heard_at + self._s.keep_alive_comment_s
         while True:
