@@ -7,6 +7,7 @@ tokens x price is whole pico-dollars and nothing is ever rounded.
 from __future__ import annotations
 
 from decimal import Decimal
+from fractions import Fraction
 from typing import NewType
 
 from msgspec import Struct
@@ -65,14 +66,17 @@ def cost(usage: Usage, price: Price) -> Pico:
 def micro_per_million(dollars: Decimal | int | str) -> int:
     """A price as people write it, US dollars per million tokens, as whole micro-dollars per million tokens.
 
-    Raises: ValueError if it is negative or finer than a micro-dollar.
+    Raises: ValueError if it is no number, negative, or finer than a micro-dollar.
     """
-    micro = Decimal(dollars) * MICRO_PER_DOLLAR
-    if not micro.is_finite() or micro < 0 or micro != micro.to_integral_value():
+    try:
+        micro = Fraction(Decimal(dollars)) * MICRO_PER_DOLLAR  # exact, where a product of Decimals would be rounded
+    except (ArithmeticError, ValueError) as error:  # not a number, or none that is finite
+        raise ValueError(f"a price must be a number of dollars, not {dollars}") from error
+    if micro < 0 or micro.denominator != 1:
         raise ValueError(
             f"a price must be zero or more and whole micro-dollars per million tokens, not {dollars} dollars"
         )
-    return int(micro)
+    return micro.numerator
 
 
 def dollars(pico: int) -> str:

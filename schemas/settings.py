@@ -126,14 +126,14 @@ def load(config: Path | None, environ: Mapping[str, str] | None = None, **flags:
     if config is not None:
         raw = _from_file(config)
     for section, values in _from_environ(os.environ if environ is None else environ).items():
-        raw[section] = {**raw.get(section, {}), **values}
+        _merge(raw, section, values)
     for section, flag_values in flags.items():
-        given = {name: value for name, value in flag_values.items() if value is not None}
-        raw[section] = {**raw.get(section, {}), **given}
+        _merge(raw, section, {name: value for name, value in flag_values.items() if value is not None})
     try:
         _price_micro(raw)
+        _refuse_unknown(_table(raw, "ingress").get("timeouts"), Timeouts, "a time-out")
         settings = msgspec.convert(raw, Settings, strict=False)
-    except (msgspec.ValidationError, ValueError, ArithmeticError, TypeError) as error:
+    except (msgspec.ValidationError, ValueError) as error:
         raise SetupError(f"{config or 'settings'}: {error}") from error
     _check(settings, config)
     return settings
@@ -197,7 +197,7 @@ def _from_file(config: Path) -> dict[str, Any]:
             return tomllib.load(file, parse_float=Decimal)
     except OSError as error:
         raise SetupError(f"{config} can't be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SetupError(f"{config} is not TOML: {error}") from error
 
 
@@ -212,12 +212,42 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def _merge(raw: dict[str, Any], section: str, values: Mapping[str, Any]) -> None:
+    if isinstance(raw.setdefault(section, {}), dict):  # else what is wrong is said when it is converted
+        raw[section] = {**raw[section], **values}
+
+
 def _price_micro(raw: dict[str, Any]) -> None:
-    """Prices as people write them become whole micro-dollars, in place."""
-    for route in raw.get("routes", ()):
-        for model in route.get("models", ()):
-            if "price" in model:
-                model["price"] = {name: micro_per_million(value) for name, value in model["price"].items()}
+    """Prices as people write them become whole micro-dollars, in place. Raises: ValueError."""
+    for route in _tables(raw, "routes"):
+        for model in _tables(route, "models"):
+            if isinstance(price := model.get("price"), dict):
+                _refuse_unknown(price, Price, "a price")
+                model["price"] = {name: _dollars(name, value) for name, value in price.items()}
+
+
+def _dollars(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Decimal | int | str):
+        raise ValueError(f"the price {name!r} must be a number of dollars per million tokens")  # noqa: TRY004
+    return micro_per_million(value)
+
+
+def _refuse_unknown(table: object, struct: type[Struct], what: str) -> None:
+    """For the Structs that travel, which ignore what they don't know. Raises: ValueError."""
+    known = [field.name for field in msgspec.structs.fields(struct)]
+    for name in table if isinstance(table, dict) else ():
+        if name not in known:
+            raise ValueError(f"{name!r} is not {what}; there are {', '.join(known)}")
+
+
+def _table(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    value = raw.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _tables(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    value = raw.get(name)
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _check(settings: Settings, config: Path | None) -> None:

@@ -71,8 +71,8 @@ def job_filter(*, route: str, lane: Lane, model: str | None = None) -> str:
 
 
 def job_consumer(*, route: str, lane: Lane, model: str | None = None) -> str:
-    """The consumer's name; ``=`` is allowed in it, dots and wildcards are not."""
-    return "-".join(["route", token(route), lane.value] + ([] if model is None else [token(model)]))
+    """The consumer's name. No token holds ``==``, so no two consumers share a name; dots and wildcards are not allowed."""
+    return "==".join(["route", token(route), lane.value] + ([] if model is None else [token(model)]))
 
 
 def events(producer: str) -> str:
