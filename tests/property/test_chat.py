@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import (
     CompletionCreateParamsNonStreaming,
@@ -31,10 +31,8 @@ sdk_bodies = st.one_of(
         for kind in (CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming)
     ]
 )
-slow = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much])
 
 
-@slow
 @given(sdk_bodies)
 def test_every_body_that_the_sdks_types_allow_is_a_request(body: dict[str, Any]) -> None:
     raw = json.dumps(body, ensure_ascii=False).encode()
@@ -44,14 +42,12 @@ def test_every_body_that_the_sdks_types_allow_is_a_request(body: dict[str, Any])
     assert json.loads(request.messages_raw) == body["messages"]
 
 
-@slow
 @given(sdk_bodies, st.dictionaries(text.map("x-{}".format), json_values, max_size=3))
 def test_fields_that_nobody_knows_make_no_difference(body: dict[str, Any], more: dict[str, Any]) -> None:
     request = decode_request(json.dumps({**more, **body}).encode())
     assert request.model == body["model"]
 
 
-@slow
 @given(sdk_bodies, st.data())
 def test_one_wrong_value_is_refused_by_its_name(body: dict[str, Any], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(body)))
@@ -70,7 +66,6 @@ def test_whatever_else_is_sent_is_a_bad_request_with_a_sentence(raw: bytes) -> N
 
 
 @given(sdk_bodies.map(lambda body: json.dumps(body).encode()), st.data())
-@slow
 def test_half_a_body_is_a_bad_request(raw: bytes, data: st.DataObject) -> None:
     with pytest.raises(BadRequest):
         decode_request(raw[: data.draw(st.integers(0, len(raw) - 1))])
