@@ -33,8 +33,13 @@ class _Entropy:
         self._at += digits
         return taken
 
+    def forget(self) -> None:
+        self._digits, self._at = "", 0
+
 
 _entropy = _Entropy()
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_entropy.forget)  # or parent and child would make the same nonces
 
 
 def new_id(now_ns: int | None = None) -> str:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 import uuid
 
@@ -49,6 +52,18 @@ def test_a_nonce_has_128_random_bits() -> None:
     nonces = {new_nonce() for _ in range(100)}
     assert len(nonces) == 100
     assert all(re.fullmatch("[0-9a-f]{32}", nonce) for nonce in nonces)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_makes_other_nonces_than_its_parent() -> None:
+    """Random bytes are fetched by the block; a block must not be spent twice."""
+    forking = (
+        "import os; from schemas.ids import new_id, new_nonce\n"
+        "new_nonce(); child = os.fork(); print(new_id(0), new_nonce(), flush=True)\n"
+        "child and os.waitpid(child, 0)"
+    )
+    printed = subprocess.run([sys.executable, "-c", forking], capture_output=True, text=True, check=True).stdout
+    assert len(set(printed.split())) == 4
 
 
 def test_a_process_name_tells_its_role_and_is_its_own() -> None:
