@@ -22,6 +22,7 @@ from workers.providers.schema_walk import Unfillable
 CHOICES_MAX = 128
 ANSWER_TOKENS_MAX = 32 * 1024  # of all choices together: a longer answer ends with finish_reason "length"
 SEARCHED_CHARS_MAX = 100_000  # of a message, for the names of tools
+SCHEMA_BYTES_MAX = 512 * 1024
 KIND_CHARS_MAX = 40  # of an unknown content part's type
 
 Kind = Literal["function", "custom", "legacy"]
@@ -276,6 +277,8 @@ def _document(schema: Any, name: str, *, param: str) -> str:
         return "{}"
     if not isinstance(schema, dict | bool):
         raise _rejected("a schema must be an object", param=param)
+    if len(msgspec.json.encode(schema)) > SCHEMA_BYTES_MAX:
+        raise _rejected(f"a schema must have at most {SCHEMA_BYTES_MAX} bytes", param=param)
     try:
         return _json(fill(schema, name=name))
     except Unfillable as error:

@@ -25,14 +25,15 @@ def conforms(value: Any, schema: Schema, walk: Walk, *, depth: int = 0) -> bool:
         return False
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any, walk: Walk) -> bool:
     """Equal as JSON: 1 and 1.0 are, 1 and true are not."""
+    walk.step()
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(same(a, b, walk) for a, b in zip(one, other, strict=True))
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key], walk) for key in one)
     return bool(one == other)
 
 
@@ -53,8 +54,8 @@ def _combinations_hold(value: Any, schema: Mapping[str, Any], walk: Walk, depth:
 def _own_keywords_hold(value: Any, schema: Mapping[str, Any], walk: Walk, depth: int) -> bool:
     return (
         ("type" not in schema or _has_type(value, schema["type"]))
-        and ("enum" not in schema or any(same(value, choice) for choice in schema["enum"]))
-        and ("const" not in schema or same(value, schema["const"]))
+        and ("enum" not in schema or any(same(value, choice, walk) for choice in schema["enum"]))
+        and ("const" not in schema or same(value, schema["const"], walk))
         and _bounds_hold(value, schema, walk, depth)
     )
 
@@ -117,10 +118,9 @@ def _items_hold(value: list[Any], schema: Mapping[str, Any], walk: Walk, depth: 
     for place, item in enumerate(value):
         if not conforms(item, prefix[place] if place < len(prefix) else rest, walk, depth=depth):
             return False
-    if schema.get("uniqueItems") is True:
-        walk.step(len(value) ** 2 // 2)
-        if any(same(value[i], value[j]) for i in range(len(value)) for j in range(i)):
-            return False
+    pairs = ((value[i], value[j]) for i in range(len(value)) for j in range(i))
+    if schema.get("uniqueItems") is True and any(same(one, other, walk) for one, other in pairs):
+        return False
     if "contains" in schema:
         found = sum(conforms(item, schema["contains"], walk, depth=depth) for item in value)
         return bool(schema.get("minContains", 1) <= found <= schema.get("maxContains", found))
@@ -128,6 +128,7 @@ def _items_hold(value: list[Any], schema: Mapping[str, Any], walk: Walk, depth: 
 
 
 def _properties_hold(value: dict[str, Any], schema: Mapping[str, Any], walk: Walk, depth: int) -> bool:
+    walk.step(len(schema.get("required", ())))
     if any(name not in value for name in schema.get("required", ())):
         return False
     for name, others in schema.get("dependentRequired", {}).items():

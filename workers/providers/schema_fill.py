@@ -98,6 +98,7 @@ class _Filler:
 
     def _in_order(self, branches: Branches, place: _Place) -> list[Schema]:
         """As written; far down, those first that end there."""
+        self._walk.step(len(branches))
         return sorted(branches, key=_size) if self._minimal(place) else list(branches)
 
     def _minimal(self, place: _Place) -> bool:
@@ -153,11 +154,11 @@ class _Filler:
                 raise DeadEnd(f"{type_!r} is not a type")
 
     def _object(self, plain: Plain, place: _Place) -> dict[str, Any]:
-        required = list(plain.get("required", ()))
+        required = dict.fromkeys(plain.get("required", ()))  # a set that keeps the order
         extra = plain.get("additionalProperties", True)
         most = bound(plain, "maxProperties", ITEMS_MAX)
         for first, others in plain.get("dependentRequired", {}).items():
-            required += others if first in required else ()
+            required |= dict.fromkeys(others) if first in required else {}
         made: dict[str, Any] = {}
         for name, schema in plain.get("properties", {}).items():
             if name in required:
@@ -221,8 +222,7 @@ class _Filler:
         first = place.variant + len(made)
         for variant in range(first, first + len(made) + VARIANTS):
             item = self.value(schema, place.inside(place.name, variant=variant))
-            self._walk.step(len(made))
-            if not any(same(item, before) for before in made):
+            if not any(same(item, before, self._walk) for before in made):
                 made.append(item)
                 return
         raise DeadEnd("no more different items")

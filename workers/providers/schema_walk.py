@@ -104,9 +104,10 @@ class Walk:
 
     def merge(self, one: Plain, other: Plain) -> Plain:
         """What is valid against both. Where both only describe (a default, a title), *one* wins."""
-        self.step(1 + len(other))
+        self.step(1 + len(one) + len(other))
         both = {**other, **one}
         for key in one.keys() & other.keys():
+            self.step(_entries(one[key]) * _entries(other[key]) if key == "enum" else _entries(other[key]))
             both[key] = _merged(key, one[key], other[key])
         properties = {**_mapping(other.get("properties", {})), **_mapping(one.get("properties", {}))}
         self.step(len(properties))
@@ -214,6 +215,10 @@ _BOTH: dict[str, Callable[[Any, Any], Any]] = {
     "propertyNames": _both_schemas,
     "prefixItems": _by_place,
 }
+
+
+def _entries(value: Any) -> int:
+    return len(value) if isinstance(value, list | Mapping) else 1
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
