@@ -11,19 +11,22 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from bus.connection import Connection, connect
+from bus.connection import connect
 from bus.log import EventLog
 from bus.publisher import Publisher
-from schemas.errors import Fault, SetupError
+from schemas.errors import Fault
 from schemas.ids import WorkerId
 from schemas.local import write_private
 from schemas.settings import ModelSettings, RouteSettings, Settings
 from workers.providers import make_provider
+from workers.providers.base import Provider
 from workers.worker import Route, Worker
 
 log = structlog.get_logger()
 
 MODELS_MAX = 10_000
+ASK_AGAIN_S = 30.0
+FIRST_ANSWER_WAIT_S = 2.0  # a worker is ready without the routes whose providers take longer
 
 
 async def run_worker(
@@ -42,10 +45,12 @@ async def run_worker(
     connection = await connect(nats_url, name=name)
     publisher = Publisher(connection)
     await publisher.start()
+    opened = {route.id: make_provider(route, settings.worker) for route in routes}
+    named = [route for route in routes if route.models]
     worker = Worker(
         connection,
         EventLog(connection, publisher, producer=name),
-        [await _open(route, settings) for route in routes],
+        [Route(route, opened[route.id], route.models) for route in named],
         worker=name,
         settings=settings.worker,
         nats_settings=settings.nats,
@@ -55,30 +60,46 @@ async def run_worker(
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     await worker.start()
-    log.info("serving", worker=name, routes=[route.id for route in routes])
+    unnamed = [route for route in routes if not route.models]
+    asked = [asyncio.Event() for _ in unnamed]
+    askers = [
+        asyncio.create_task(
+            _serve_when_named(worker, route, opened[route.id], asked=event), name=f"models-of-{route.id}"
+        )
+        for route, event in zip(unnamed, asked, strict=True)
+    ]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FIRST_ANSWER_WAIT_S):
+            for event in asked:
+                await event.wait()
+    log.info("serving", worker=name, routes=worker.routes())
     if ready_file is not None:
         write_private(ready_file, msgspec.json.encode({"worker": name, "pid": os.getpid()}))
     await stop.wait()
+    for asker in askers:
+        asker.cancel()
     await worker.drain()
-    await _close(publisher, connection)
+    for provider in opened.values():
+        await provider.aclose()
+    await publisher.stop()
+    await connection.close()
     log.info("stopped")
 
 
-async def _open(settings: RouteSettings, all_settings: Settings) -> Route:
-    provider = make_provider(settings, all_settings.worker)
-    models = settings.models
-    if not models:
+async def _serve_when_named(worker: Worker, route: RouteSettings, provider: Provider, *, asked: asyncio.Event) -> None:
+    """For a route whose models are not configured: asks its provider for them, until it answers, then serves them.
+
+    A provider that can't be reached must not keep the others from being served. *asked* is set after the first try.
+    """
+    while True:
         try:
             names = await provider.models()
         except Fault as fault:
-            raise SetupError(
-                f"route {settings.id!r} names no models, and asking for them failed: {fault.message}"
-            ) from fault
+            log.warning("models_not_told", route=route.id, error=fault.message, again_in_s=ASK_AGAIN_S)
+            asked.set()
+            await asyncio.sleep(ASK_AGAIN_S)
+            continue
         models = tuple(ModelSettings(name=name) for name in names[:MODELS_MAX])
-    return Route(settings, provider, models)
-
-
-async def _close(publisher: Publisher, connection: Connection) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
-        await publisher.stop()
-    await connection.close()
+        await worker.add(Route(route, provider, models))
+        asked.set()
+        return

@@ -16,7 +16,7 @@ from bus.streams import ensure_consumer, ensure_streams, job_consumer
 from schemas import codec, subjects
 from schemas.errors import PenstockError
 from schemas.events import AttemptFinished
-from schemas.ids import EventId, Nonce, WorkerId, new_id
+from schemas.ids import EventId, Nonce, RouteId, WorkerId, new_id
 from schemas.jobs import (
     PRESENCE_EVERY_S,
     Announce,
@@ -112,6 +112,12 @@ class Worker:
         self._beat = asyncio.create_task(self._announce_regularly(), name="presence")
         await self.announce()
 
+    async def add(self, route: Route) -> None:
+        """Begins to serve one more route. Raises: ApiError, BusUnavailable."""
+        self._routes[route.id] = route
+        await self._open(route)
+        await self.announce()
+
     async def drain(self) -> None:
         """No new jobs; what runs may finish within ``drain_s``; the rest is handed back. Then the worker is gone."""
         self._state = WorkerState.DRAINING
@@ -129,8 +135,9 @@ class Worker:
         if self._beat is not None:
             self._beat.cancel()
             await asyncio.gather(self._beat, return_exceptions=True)
-        for route in self._routes.values():
-            await route.provider.aclose()
+
+    def routes(self) -> list[RouteId]:
+        return list(self._routes)
 
     async def announce(self) -> None:
         """Publishes this worker's presence."""
