@@ -59,8 +59,7 @@ def test_a_forked_process_makes_other_nonces_than_its_parent() -> None:
     """Random bytes are fetched by the block; a block must not be spent twice."""
     forking = (
         "import os; from schemas.ids import new_id, new_nonce\n"
-        "new_nonce(); child = os.fork(); print(new_id(0), new_nonce(), flush=True)\n"
-        "child and os.waitpid(child, 0)"
+        "new_nonce(); child = os.fork(); child and os.waitpid(child, 0); print(new_id(0), new_nonce())"
     )
     printed = subprocess.run([sys.executable, "-c", forking], capture_output=True, text=True, check=True).stdout
     assert len(set(printed.split())) == 4
