@@ -1,0 +1,148 @@
+"""The ledger's process: the file, the writer and the HTTP endpoint, from start to a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+import uvicorn
+
+from bus.connection import connect
+from bus.streams import ensure_streams
+from ledger.query import Queries
+from ledger.server import build_app
+from ledger.store import FILE, Store
+from ledger.writer import Writer
+from schemas.errors import SetupError
+from schemas.local import write_private
+from schemas.settings import MIB, LedgerSettings, Settings
+
+log = structlog.get_logger()
+
+DATA_HEADROOM_BYTES = 1024 * MIB  # what the process may have beyond the queries' memory and results
+HTTP_STOP_S = 5
+KEEP_ALIVE_S = 30
+BACKLOG = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a ledger runs. *fd* is a listening socket to serve on instead of binding one."""
+
+    home: Path
+    nats_url: str
+    fd: int | None = None
+    ready_file: Path | None = None
+
+
+async def run_ledger(settings: Settings, place: Place) -> None:
+    """Runs until SIGTERM or SIGINT, then stores what is still to be had and closes the file.
+
+    Raises: SetupError, StreamGap, BusUnavailable, ApiError, duckdb.Error: all of them end the process.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    bound_memory(settings.ledger)
+    store = Store.open(place.home / FILE, settings.ledger)
+    try:
+        connection = await connect(place.nats_url, name="ledger")
+        try:
+            await ensure_streams(connection, settings.nats)
+            queries = Queries(store.cursor, settings.ledger)
+            writer = Writer(
+                connection, store, batch_pages=settings.ledger.batch_pages, free_memory=queries.interrupt_all
+            )
+            await writer.start()
+            with listening(settings.ledger, place.fd) as sock:
+                server = _Server(uvicorn.Config(
+                    build_app(writer, queries),
+                    log_config=None,
+                    access_log=False,
+                    lifespan="off",
+                    backlog=BACKLOG,
+                    timeout_keep_alive=KEEP_ALIVE_S,
+                    timeout_graceful_shutdown=HTTP_STOP_S,
+                ))
+                await _serve(server, sock, writer, queries, stop, place)
+        finally:
+            await connection.close()
+    finally:
+        store.close()
+    log.info("ledger_stopped")
+
+
+async def _serve(
+    server: uvicorn.Server, sock: socket.socket, writer: Writer, queries: Queries, stop: asyncio.Event, place: Place
+) -> None:
+    storing = asyncio.create_task(writer.run(), name="writer")
+    serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    url = url_of(sock)
+    log.info("ledger_started", url=url, **{name.lower(): c.last_position for name, c in writer.cursors.items()})
+    if place.ready_file is not None:
+        write_private(place.ready_file, msgspec.json.encode({"url": url, "pid": os.getpid()}) + b"\n")
+    try:
+        await asyncio.wait([storing, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        writer.stop()
+        await storing
+    finally:
+        await queries.close()
+        server.should_exit = True
+        await serving
+        stopping.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to `run_ledger`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def listening(settings: LedgerSettings, fd: int | None) -> Iterator[socket.socket]:
+    """A listening socket: the inherited *fd*, or a new one.
+
+    Raises: SetupError if the port can't be had, or *fd* is no socket.
+    """
+    try:
+        if fd is not None:
+            sock = socket.socket(fileno=fd)
+        else:
+            sock = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
+    except OSError as error:
+        wanted = f"fd {fd}" if fd is not None else f"{settings.host}:{settings.port}"
+        raise SetupError(f"the ledger can't listen on {wanted}: {error.strerror}") from error
+    with sock:
+        yield sock
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def bound_memory(settings: LedgerSettings) -> None:
+    """Bounds the process's memory (Linux): some SQL functions allocate gigabytes that the database's own limit doesn't count.
+
+    An allocation beyond it fails within the query that asks for it, as being out of memory.
+    """
+    if sys.platform != "linux":
+        return
+    results = 2 * settings.sql_max_concurrent * settings.sql_max_result_bytes
+    limit = settings.sql_memory_mib * MIB + results + DATA_HEADROOM_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

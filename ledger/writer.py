@@ -1,0 +1,199 @@
+"""Reads EVENTS and CONTROL and stores them, each event exactly once, killed at any moment or not.
+
+A stream is read by a consumer that acknowledges nothing, from the message behind the cursor on; what was read and the new cursor are
+stored in one transaction. So after any crash the ledger goes on where its last commit ended. A gap is never skipped: what
+is missing is missing for good, and the ledger says so and stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import duckdb
+import structlog
+
+from bus.connection import Connection
+from bus.reader import OrderedReader, StoredMessage
+from ledger.batch import Cursor
+from ledger.store import Store
+from schemas import subjects
+from schemas.control import ControlEvent, ControlState
+from schemas.errors import PenstockError, SetupError
+
+log = structlog.get_logger()
+
+IDLE_WAIT_S = 0.5  # how long a read waits before it looks whether to stop
+FULL_BATCH = 256  # so many messages at once: there are more, so the next commit doesn't wait
+GATHER_MAX_S = 0.1
+GATHER_SHARE = 8  # a small commit is followed by up to so many times its own length of gathering
+DRAIN_S = 10.0
+OUT_OF_MEMORY_TRIES = 5
+
+
+class Writer:
+    """Follows both streams of *connection* into *store*. *control* is the fold of CONTROL, as far as it is stored."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        store: Store,
+        *,
+        batch_pages: int,
+        free_memory: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.control = ControlState()
+        self._connection = connection
+        self._store = store
+        self._batch_pages = batch_pages
+        self._free_memory = free_memory
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._cursors: dict[str, Cursor] = {}
+        self._readers: dict[str, OrderedReader] = {}
+        self._unsure: set[str] = set()  # streams that may have been replaced while we were disconnected
+        self._stopping = asyncio.Event()
+        self._caught_up: dict[str, bool] = {}
+
+    @property
+    def cursors(self) -> dict[str, Cursor]:
+        return dict(self._cursors)
+
+    @property
+    def caught_up(self) -> bool:
+        """Everything that was in the streams when this began is stored."""
+        return bool(self._caught_up) and all(self._caught_up.values())
+
+    async def start(self) -> None:
+        """Checks that the streams go on where the ledger ended, and begins to read.
+
+        Raises: SetupError if they don't; ApiError, BusUnavailable.
+        """
+        for event in self._store.control_events():
+            self.control.apply(event)
+        for name in (subjects.CONTROL, subjects.EVENTS):
+            cursor = await self._same_stream(self._store.read_cursor(name))
+            reader = OrderedReader(self._connection, stream=name, after=cursor.last_seq)
+            await reader.start()
+            self._cursors[name], self._readers[name], self._caught_up[name] = cursor, reader, False
+        self._connection.on_reconnect(self._doubt)
+
+    async def run(self) -> None:
+        """Stores until `stop`, and then what is still to be had, for at most `DRAIN_S`.
+
+        Raises: StreamGap if messages are missing, SetupError if a stream was replaced, duckdb.Error if the file can't be written.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in self._readers:
+                    group.create_task(self._follow(name), name=f"follow-{name}")
+        except ExceptionGroup as group_error:
+            raise _first(group_error) from group_error
+        finally:
+            for reader in self._readers.values():
+                await reader.close()
+            self._thread.shutdown(wait=True)
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def pending(self) -> dict[str, int]:
+        """How many messages of each stream are not stored yet.
+
+        Raises: ApiError, BusUnavailable.
+        """
+        return {name: await reader.pending() for name, reader in self._readers.items()}
+
+    async def _follow(self, name: str) -> None:
+        reader, drain_until = self._readers[name], None
+        while True:
+            messages = await reader.batch(max_messages=self._batch_pages, wait_s=self._wait_s())
+            if messages:
+                took_s = await self._store_batch(name, messages)
+                self._caught_up[name] = self._caught_up[name] or reader.caught_up
+                if len(messages) < FULL_BATCH:
+                    await self._gather(took_s)
+            else:
+                self._caught_up[name] = self._caught_up[name] or await self._nothing_left(reader)
+            if self._stopping.is_set():
+                drain_until = drain_until or time.monotonic() + DRAIN_S
+                if time.monotonic() > drain_until:
+                    log.warning("drain_incomplete", log=name)
+                    return
+                if not messages and await self._nothing_left(reader):
+                    return
+
+    def _wait_s(self) -> float:
+        return 0.05 if self._stopping.is_set() else IDLE_WAIT_S
+
+    async def _gather(self, took_s: float) -> None:
+        """Lets some more messages come, so that a thin stream of them doesn't cost a commit each."""
+        try:
+            async with asyncio.timeout(min(GATHER_MAX_S, took_s * GATHER_SHARE)):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    async def _store_batch(self, name: str, messages: Sequence[StoredMessage]) -> float:
+        """Stores *messages*; returns how long it took, in seconds."""
+        began = time.monotonic()
+        if name in self._unsure:
+            await self._same_stream(self._cursors[name])
+            self._unsure.discard(name)
+        cursor, stated = await self._append(messages, self._cursors[name])
+        self._cursors[name] = cursor
+        for event in stated:
+            self.control.apply(event)  # type: ignore[arg-type]  # ControlEvent's only subclasses are AnyControlEvent's
+        took_s = time.monotonic() - began
+        log.debug("batch_stored", log=name, messages=len(messages), position=cursor.last_position, took_ms=took_s * 1000)
+        return took_s
+
+    async def _append(self, messages: Sequence[StoredMessage], cursor: Cursor) -> tuple[Cursor, list[ControlEvent]]:
+        loop = asyncio.get_running_loop()
+        for again in range(1, OUT_OF_MEMORY_TRIES + 1):
+            try:
+                new, entries = await loop.run_in_executor(self._thread, self._store.append, messages, cursor)
+            except (duckdb.OutOfMemoryException, MemoryError):
+                if again == OUT_OF_MEMORY_TRIES:
+                    raise
+                log.warning("memory_needed", log=cursor.log, again=again)
+                self._free_memory()  # analysts' queries share the database's memory; the writer goes first
+                await asyncio.sleep(0.2 * again)
+            else:
+                return new, [e.event for _, e in entries if isinstance(e.event, ControlEvent)]
+        raise AssertionError("unreachable")
+
+    async def _same_stream(self, cursor: Cursor) -> Cursor:
+        """*cursor*, if its stream is the one that it was read from.
+
+        Raises: SetupError if the stream was made anew or has lost its end.
+        """
+        answer = await self._connection.api(f"STREAM.INFO.{cursor.log}")
+        created, last_seq = str(answer["created"]), int(answer["state"]["last_seq"])
+        if cursor.stream_created not in (None, created) or last_seq < cursor.last_seq:
+            raise SetupError(
+                f"the stream {cursor.log} is not the one that this ledger has read to message {cursor.last_seq}: "
+                f"it was made at {created} and ends at message {last_seq}. Connect the ledger to the NATS it belongs to, "
+                "or begin a new ledger in another home folder."
+            )
+        if cursor.stream_created is None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, self._store.bind_stream, cursor.log, created)
+        return cursor._replace(stream_created=created)
+
+    async def _nothing_left(self, reader: OrderedReader) -> bool:
+        try:
+            return await reader.pending() == 0
+        except PenstockError as error:  # NATS is away: what is left can't be known, so go on waiting
+            log.debug("pending_unknown", error=error.message)
+            return False
+
+    async def _doubt(self) -> None:
+        self._unsure.update(self._readers)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a task group that is not itself a group."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
