@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Sequence
+from urllib.error import URLError
 
 import msgspec
 
-from bench.measure import Measured
+from bench.measure import Measured, WindowError
 from bench.peers import PRICE, Ledger, fetch
 from bench.provider import Stats
 from bench.report import Witness
@@ -24,6 +25,17 @@ from requests
 """
 
 
+class Column(msgspec.Struct):
+    name: str
+
+
+class Answer(msgspec.Struct):
+    """Of POST /v1/sql in the format json."""
+
+    columns: list[Column]
+    rows: list[list[object]]
+
+
 class Sums(msgspec.Struct):
     requests: int
     streams: int
@@ -33,19 +45,28 @@ class Sums(msgspec.Struct):
 
 
 def ask(ledger: Ledger, measured: Sequence[Measured]) -> Witness:
-    """Wait until the ledger agrees with the provider, or for SETTLE_TIMEOUT_S; then say what each of them counts."""
+    """Wait until the ledger agrees with the provider, or for SETTLE_TIMEOUT_S; then say what each of them counts.
+
+    Raises: WindowError if the ledger gives no answer.
+    """
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
     while True:
-        witness = compare(sums(ledger), measured)
-        if witness.agrees or time.monotonic() > deadline_s:
-            return witness
+        try:
+            witness = compare(sums(ledger), measured)
+        except URLError as error:  # HTTPError is one
+            if time.monotonic() > deadline_s:
+                raise WindowError(f"the ledger gave no answer ({error})") from error
+        else:
+            if witness.agrees or time.monotonic() > deadline_s:
+                return witness
         time.sleep(POLL_S)
 
 
 def sums(ledger: Ledger) -> Sums:
     body = msgspec.json.encode({"sql": QUERY, "params": [], "format": "json"})
-    said = msgspec.json.decode(fetch(f"{ledger.url}/v1/sql", api_key=ledger.api_key, body=body))
-    return msgspec.convert(dict(zip(said["columns"], said["rows"][0], strict=True)), Sums, strict=False)
+    said = msgspec.json.decode(fetch(f"{ledger.url}/v1/sql", api_key=ledger.api_key, body=body), type=Answer)
+    names = [column.name for column in said.columns]
+    return msgspec.convert(dict(zip(names, said.rows[0], strict=True)), Sums, strict=False)
 
 
 def compare(ledger: Sums, measured: Sequence[Measured]) -> Witness:
