@@ -13,6 +13,8 @@ from schemas.chat import ChatRequest, decode_request
 from schemas.errors import BadRequest
 from tests.unit.schemas.bodies import CONVERSATION, EVERY_FIELD, HELLO, TOOL
 
+ROLES = "'developer', 'system', 'user', 'assistant', 'tool', 'function'."
+
 
 def body(**changes: Any) -> bytes:
     return json.dumps({"model": "echo", "messages": [HELLO], **changes}).encode()
@@ -174,6 +176,31 @@ def test_what_is_not_a_request_at_all_is_refused_with_a_sentence(raw: bytes, par
     error = refused(raw)
     assert error.param == param
     assert words in error.message
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (b"{}", "Missing required parameter: 'model'."),
+        (b"[]", "Invalid type for the request body: expected an object, but got an array instead."),
+        (b'{"model":', "The JSON body of the request could not be parsed: Input data was truncated."),
+        (b"{]", "The JSON body of the request could not be parsed: object keys must be strings (byte 1)."),
+        (body(stop=5), "Invalid type for 'stop': expected a string or an array, but got an integer instead."),
+        (body(n=0), "Invalid value for 'n': expected an integer >= 1."),
+        (
+            body(logit_bias={"1": "x"}),
+            "Invalid type for a value in 'logit_bias': expected a number, but got a string instead.",
+        ),
+        (body(tools=[{"type": 3}]), "Invalid type for 'tools[0].type': expected a string, but got an integer instead."),
+        (body(temperature=1).replace(b": 1}", b": -1e999}"), "Invalid value for 'temperature': Number out of range."),
+        (
+            body(messages=[{"role": "bot"}]),
+            "Invalid value for 'messages[0].role': 'bot'. Supported values are: " + ROLES,
+        ),
+    ],
+)
+def test_a_refusal_is_a_whole_sentence(raw: bytes, sentence: str) -> None:
+    assert refused(raw).message == sentence
 
 
 def test_a_refusal_quotes_only_so_much_of_a_long_value() -> None:

@@ -47,6 +47,12 @@ def test_a_job_subject_names_model_route_lane_and_org() -> None:
     assert subject == "jobs.m=2f1.open=2eai.batch.acme"
 
 
+def test_streams_have_the_names_that_operators_see() -> None:
+    assert (subjects.JOBS, subjects.EVENTS, subjects.CONTROL) == ("JOBS", "EVENTS", "CONTROL")
+    assert subjects.job_consumer(route="r", lane=Lane.BATCH, model="m.1") == "route==r==batch==m=2e1"
+    assert subjects.job_consumer(route="r", lane=Lane.INTERACTIVE) == "route==r==interactive"
+
+
 def test_a_job_filter_takes_every_org_and_every_model_unless_one_is_named() -> None:
     assert subjects.job_filter(route="r", lane=Lane.INTERACTIVE) == "jobs.*.r.interactive.*"
     assert subjects.job_filter(route="r", lane=Lane.BATCH, model="m.1") == "jobs.m=2e1.r.batch.*"
