@@ -9,6 +9,7 @@ from bus.reader import StoredMessage
 from ledger.entries import Entry, read_line
 from ledger.projections import fact
 from ledger.rows import AnyRow, EndRow, EventRow, OpenRow
+from schemas import subjects
 from schemas.events import Event
 
 
@@ -39,8 +40,10 @@ class Batch(NamedTuple):
     repeated: int = 0  # events that were stored already
 
 
-def placed(messages: Iterable[StoredMessage]) -> list[Placed]:
-    """The entries of *messages* in log order: a message is a page of lines."""
+def placed(messages: Iterable[StoredMessage], log: str) -> list[Placed]:
+    """The entries of *messages* in log order: a message of EVENTS is a page of lines, one of CONTROL an event."""
+    if log == subjects.CONTROL:
+        return [Placed(m.seq, read_line(m.data)) for m in messages]
     return [Placed(m.seq, read_line(line)) for m in messages for line in m.data.split(b"\n") if line]
 
 
@@ -72,7 +75,7 @@ def make_batch(
         rows.setdefault(EventRow, []).append(_event_row(cursor.log, position, seq, entry))
         if not isinstance(entry.event, Event):
             continue
-        match row := fact(entry.event, position):  # type: ignore[arg-type]  # Event's only subclasses are AnyEvent's
+        match row := fact(entry.event, position):
             case OpenRow():
                 opens.setdefault(row.request_id, row)
             case EndRow():

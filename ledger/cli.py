@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 EXIT_TRUNCATED = 3
 SQL_MAX_BYTES = 1024 * 1024  # what is read of standard input
-NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "DOUBLE", "FLOAT", "DECIMAL")  # fmt: skip
+NUMBERS = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|DOUBLE|FLOAT|DECIMAL")
 
 
 @click.group(
@@ -36,6 +37,7 @@ NUMBERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "U
 @click.pass_context
 def ledger(
     context: click.Context,
+    *,
     nats_url: str | None,
     home: str | None,
     config: Path | None,
@@ -62,15 +64,17 @@ def ledger(
     uvloop.run(run_ledger(settings, place))
 
 
-@click.command(epilog="Example: penstock sql \"select model, status, completion_tokens, cost_usd from requests\"")
+@click.command(epilog='Example: penstock sql "select model, status, completion_tokens, cost_usd from requests"')
 @click.argument("query")
 @click.option(
     "--format", "format_", type=click.Choice(["table", "csv", "json", "parquet"]), default="table", show_default=True
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file instead.")
 @click.option("--home", help="The folder of the running `penstock up`.")
-@click.option("--ledger-url", help="A ledger elsewhere, with the key in PENSTOCK_API_KEY. Default: PENSTOCK_LEDGER_URL.")
-def sql(query: str, format_: str, output: Path | None, home: str | None, ledger_url: str | None) -> None:
+@click.option(
+    "--ledger-url", help="A ledger elsewhere, with the key in PENSTOCK_API_KEY. Default: PENSTOCK_LEDGER_URL."
+)
+def sql(query: str, *, format_: str, output: Path | None, home: str | None, ledger_url: str | None) -> None:
     """Ask the ledger. QUERY is one SQL query, or - to read it from standard input.
 
     The tables are requests, attempts, events, usage_by_model, usage_by_route, usage_by_key, usage_by_day and audit_log;
@@ -95,8 +99,10 @@ def sql(query: str, format_: str, output: Path | None, home: str | None, ledger_
 @click.argument("request_id")
 @click.option("--json", "as_json_", is_flag=True, help="For programs, with the events as they are stored.")
 @click.option("--home", help="The folder of the running `penstock up`.")
-@click.option("--ledger-url", help="A ledger elsewhere, with the key in PENSTOCK_API_KEY. Default: PENSTOCK_LEDGER_URL.")
-def explain(request_id: str, as_json_: bool, home: str | None, ledger_url: str | None) -> None:
+@click.option(
+    "--ledger-url", help="A ledger elsewhere, with the key in PENSTOCK_API_KEY. Default: PENSTOCK_LEDGER_URL."
+)
+def explain(request_id: str, *, as_json_: bool, home: str | None, ledger_url: str | None) -> None:
     """Tell the whole life of a request, in order and with times.
 
     REQUEST_ID is a completion's id (chatcmpl-…), the x-request-id of an answer, or a request_id of the ledger.
@@ -111,7 +117,9 @@ def explain(request_id: str, as_json_: bool, home: str | None, ledger_url: str |
     table = table_of(ask(find_ledger(home, ledger_url), EVENTS_OF_REQUEST, params=[id_]))
     payloads = [row[-1].encode() for row in table.rows]
     if not payloads:
-        raise SetupError(f"the ledger has no event of the request {id_}. One that is seconds old may still be on its way.")
+        raise SetupError(
+            f"the ledger has no event of the request {id_}. One that is seconds old may still be on its way."
+        )
     life = tell(id_, [read_event(payload) for payload in payloads])
     if as_json_:
         events = [msgspec.Raw(payload) for payload in payloads]
@@ -127,7 +135,7 @@ def _write(answer: Answer, format_: str, output: Path | None) -> None:
     else:
         content = answer.body + (b"\n" if format_ == "json" else b"")
     if output is None:
-        click.get_binary_stream("stdout").write(content)
+        sys.stdout.buffer.write(content)
         return
     try:
         output.write_bytes(content)
@@ -191,7 +199,7 @@ def _cell(cell: object) -> str:
 
 
 def _is_number(type_: str) -> bool:
-    return type_.startswith(NUMBERS)
+    return NUMBERS.match(type_) is not None and not type_.endswith("]")
 
 
 def _count(rows: int) -> str:

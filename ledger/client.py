@@ -56,7 +56,7 @@ def find_ledger(home: str | None, ledger_url: str | None, environ: Mapping[str, 
     if url is None:
         ready = read_ready(home_folder(home, environ))
         return Ledger(ready.ledger_url.rstrip("/"), ready.admin_key)
-    key = environ.get("PENSTOCK_API_KEY")
+    key = environ.get("PENSTOCK_API_KEY") or environ.get("PENSTOCK_ADMIN_KEY")
     if not key:
         raise SetupError(f"set PENSTOCK_API_KEY to a key of role analyst or admin to ask the ledger at {url}")
     return Ledger(url.rstrip("/"), key)

@@ -76,7 +76,9 @@ def unreadable(line: bytes, problem: str) -> Entry:
 def too_large(event: Known) -> bool:
     """Whether a number in *event* is out of the database's range: looked at only when it has refused a batch."""
     usage = getattr(event, "usage", None)
-    numbers = [getattr(event, name) for name in event.__struct_fields__] + list(msgspec.structs.astuple(usage) if usage else ())
+    numbers = [getattr(event, name) for name in event.__struct_fields__] + list(
+        msgspec.structs.astuple(usage) if usage else ()
+    )
     return any(isinstance(n, int) and not -INT64_MAX <= n <= INT64_MAX for n in numbers)
 
 

@@ -43,18 +43,33 @@ class Life(NamedTuple):
 
 def tell(request_id: RequestId, events: Sequence[Known | UnknownEvent]) -> Life:
     """The story of *events*, which are all of the request's; at least one."""
-    known = sorted((e for e in events if isinstance(e, Event)), key=lambda e: e.ts_ns)
+    known = sorted((e for e in events if isinstance(e, Event)), key=_order)
     unknown = [e for e in events if isinstance(e, UnknownEvent)]
     first_ns = known[0].ts_ns if known else 0
     moments = [
-        Moment(e.ts_ns, (e.ts_ns - first_ns) / 1e6, str(e.__struct_config__.tag), e.producer, words(e))  # type: ignore[arg-type]
-        for e in known
+        Moment(e.ts_ns, (e.ts_ns - first_ns) / 1e6, str(e.__struct_config__.tag), e.producer, words(e)) for e in known
     ]
     moments += [
         Moment(0, 0.0, e.kind, str(e.members.get("producer", "")), "an event that only a newer release can read")
         for e in unknown
     ]
     return Life(request_id, _summary(known), moments)
+
+
+def _order(event: Event) -> tuple[int, int, int, int]:
+    """What comes first for people: by cause, and only then by time, for the witnesses' clocks may differ."""
+    match event:
+        case RequestAccepted():
+            place, within = 0, 0
+        case AttemptStarted():
+            place, within = 1, 0
+        case AttemptLost():
+            place, within = 1, 1
+        case AttemptFinished():
+            place, within = 1, 2
+        case _:
+            place, within = 2, 0
+    return place, event.epoch if place == 1 else 0, within, event.ts_ns
 
 
 def words(event: AnyEvent) -> str:
@@ -84,7 +99,9 @@ def _receipt(event: AttemptFinished) -> str:
     parts = [f"attempt {event.epoch} {event.outcome.replace('_', ' ')}{_because(event.code)} at {event.worker}"]
     upstream = f"{event.provider} as {event.upstream_model}"
     parts.append(f"{upstream}, HTTP {event.upstream_status}" if event.upstream_status is not None else upstream)
-    parts.append(f"reported {_tokens(event.usage)}" if event.usage else f"no usage reported, {event.tokens_sent} tokens sent")
+    parts.append(
+        f"reported {_tokens(event.usage)}" if event.usage else f"no usage reported, {event.tokens_sent} tokens sent"
+    )
     if event.first_token_us is not None:
         parts.append(f"first token after {_ms(event.first_token_us)}")
     parts.append(f"took {_ms(event.duration_us)}")
@@ -122,7 +139,10 @@ def _summary(events: Sequence[Event]) -> str:
 
 def clock(ts_ns: int) -> str:
     """UTC to the microsecond."""
-    return datetime.fromtimestamp(ts_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S.") + f"{ts_ns // 1000 % 1_000_000:06d}"
+    return (
+        datetime.fromtimestamp(ts_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S.")
+        + f"{ts_ns // 1000 % 1_000_000:06d}"
+    )
 
 
 def as_json(life: Life, events: Sequence[Any]) -> dict[str, Any]:

@@ -94,11 +94,15 @@ def parse(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any
     if not kinds:
         return []
     if kinds != {duckdb.StatementType.SELECT}:
-        raise SqlRefused("Only queries can run here: SELECT, WITH … SELECT, FROM, VALUES, DESCRIBE, SUMMARIZE or SHOW TABLES.")
+        raise SqlRefused(
+            "Only queries can run here: SELECT, WITH … SELECT, FROM, VALUES, DESCRIBE, SUMMARIZE or SHOW TABLES."
+        )
     row = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [sql]).fetchone()
-    tree = msgspec.json.decode(row[0]) if row else {"error": True}
+    tree: dict[str, Any] = msgspec.json.decode(row[0]) if row else {"error": True}
     if tree["error"]:
-        raise SqlRefused(f"This statement can't be checked, so it can't run here: {tree.get('error_message', 'no tree')}")
+        raise SqlRefused(
+            f"This statement can't be checked, so it can't run here: {tree.get('error_message', 'no tree')}"
+        )
     statements: list[dict[str, Any]] = tree["statements"]
     return statements
 
@@ -133,7 +137,9 @@ def _check_relation(node: dict[str, Any], own_names: set[str]) -> None:
             return
         case [*_, "information_schema", name] if name in _INFORMATION_SCHEMA:
             return
-    raise SqlRefused(f"There is no table {'.'.join(path)} for you here. SHOW TABLES lists those that there are: {', '.join(sorted(VIEWS))}.")
+    raise SqlRefused(
+        f"There is no table {'.'.join(path)} for you here. SHOW TABLES lists those that there are: {', '.join(sorted(VIEWS))}."
+    )
 
 
 def _check_show(node: dict[str, Any]) -> None:
@@ -157,7 +163,8 @@ def _check_function(name: str) -> None:
 
 def _ctes(node: dict[str, Any]) -> list[dict[str, Any]]:
     cte_map = node.get("cte_map")
-    return cte_map["map"] if isinstance(cte_map, dict) else []
+    found: list[dict[str, Any]] = cte_map["map"] if isinstance(cte_map, dict) else []
+    return found
 
 
 def _walk(tree: Any) -> Iterator[dict[str, Any]]:

@@ -35,7 +35,9 @@ def migrate(connection: duckdb.DuckDBPyConnection, migrations: list[Migration] |
     row = connection.execute("SELECT coalesce(max(number), 0) FROM state.migrations").fetchone()
     done = int(row[0]) if row else 0
     if done > known[-1].number:
-        raise SetupError(f"a newer release wrote this ledger (its tables are at {done:04}, ours at {known[-1].number:04})")
+        raise SetupError(
+            f"a newer release wrote this ledger (its tables are at {done:04}, ours at {known[-1].number:04})"
+        )
     for migration in known:
         if migration.number <= done:
             continue
@@ -50,10 +52,8 @@ def migrate(connection: duckdb.DuckDBPyConnection, migrations: list[Migration] |
 
 def released() -> list[Migration]:
     """The migrations of this release: numbers from 1 without gaps."""
-    found = []
-    for file in files("ledger").joinpath("sql").iterdir():
-        if match := _NAME.fullmatch(file.name):
-            found.append(Migration(int(match[1]), match[2], file.read_text(encoding="utf-8")))
+    named = ((_NAME.fullmatch(file.name), file) for file in files("ledger").joinpath("sql").iterdir())
+    found = [Migration(int(match[1]), match[2], file.read_text(encoding="utf-8")) for match, file in named if match]
     found.sort()
     assert [m.number for m in found] == list(range(1, len(found) + 1)), "migrations have a gap"  # noqa: S101
     return found

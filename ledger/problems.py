@@ -1,4 +1,7 @@
-"""What can go wrong with a query, and every error as a status and a body in OpenAI's shape; the ledger's only file that writes a status."""
+"""What can go wrong with a query, and every error as a status and a body in OpenAI's shape.
+
+The only file of the ledger that writes the HTTP status of an error.
+"""
 
 from __future__ import annotations
 
@@ -59,30 +62,24 @@ class TooManyQueries(RequestError):
     code = "too_many_queries"
 
 
+# The most specific class wins: a class that isn't here has its nearest ancestor's status.
+_STATUS: dict[type[PenstockError], int] = {
+    PenstockError: 500,
+    RequestError: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
+    NotFound: 404,
+    MethodNotAllowed: 405,
+    RequestTimeout: 408,
+    BodyTooLarge: 413,
+    TooManyQueries: 429,
+    ServiceError: 503,
+    SqlTimeout: 504,
+}
+
+
 def status_of(error: PenstockError) -> int:
-    match error:
-        case Unauthorized():
-            return 401
-        case Forbidden():
-            return 403
-        case NotFound():
-            return 404
-        case MethodNotAllowed():
-            return 405
-        case RequestTimeout():
-            return 408
-        case BodyTooLarge():
-            return 413
-        case TooManyQueries():
-            return 429
-        case RequestError():
-            return 400
-        case SqlTimeout():
-            return 504
-        case ServiceError():
-            return 503
-        case _:
-            return 500
+    return next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
 
 
 def problem(error: PenstockError) -> Response:

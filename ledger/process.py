@@ -48,7 +48,7 @@ class Place:
 async def run_ledger(settings: Settings, place: Place) -> None:
     """Runs until SIGTERM or SIGINT, then stores what is still to be had and closes the file.
 
-    Raises: SetupError, StreamGap, BusUnavailable, ApiError, duckdb.Error: all of them end the process.
+    Raises: PenstockError: what ends the process, such as a gap in a stream or a file that can't be written.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -66,16 +66,18 @@ async def run_ledger(settings: Settings, place: Place) -> None:
             )
             await writer.start()
             with listening(settings.ledger, place.fd) as sock:
-                server = _Server(uvicorn.Config(
-                    build_app(writer, queries),
-                    log_config=None,
-                    access_log=False,
-                    lifespan="off",
-                    backlog=BACKLOG,
-                    timeout_keep_alive=KEEP_ALIVE_S,
-                    timeout_graceful_shutdown=HTTP_STOP_S,
-                ))
-                await _serve(server, sock, writer, queries, stop, place)
+                server = _Server(
+                    uvicorn.Config(
+                        build_app(writer, queries),
+                        log_config=None,
+                        access_log=False,
+                        lifespan="off",
+                        backlog=BACKLOG,
+                        timeout_keep_alive=KEEP_ALIVE_S,
+                        timeout_graceful_shutdown=HTTP_STOP_S,
+                    )
+                )
+                await _serve(server, sock, writer=writer, queries=queries, stop=stop, place=place)
         finally:
             await connection.close()
     finally:
@@ -84,7 +86,7 @@ async def run_ledger(settings: Settings, place: Place) -> None:
 
 
 async def _serve(
-    server: uvicorn.Server, sock: socket.socket, writer: Writer, queries: Queries, stop: asyncio.Event, place: Place
+    server: uvicorn.Server, sock: socket.socket, *, writer: Writer, queries: Queries, stop: asyncio.Event, place: Place
 ) -> None:
     storing = asyncio.create_task(writer.run(), name="writer")
     serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
@@ -119,15 +121,17 @@ def listening(settings: LedgerSettings, fd: int | None) -> Iterator[socket.socke
     Raises: SetupError if the port can't be had, or *fd* is no socket.
     """
     try:
-        if fd is not None:
-            sock = socket.socket(fileno=fd)
-        else:
-            sock = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
+        sock = socket.socket(fileno=fd) if fd is not None else _bind(settings)
     except OSError as error:
         wanted = f"fd {fd}" if fd is not None else f"{settings.host}:{settings.port}"
         raise SetupError(f"the ledger can't listen on {wanted}: {error.strerror}") from error
     with sock:
         yield sock
+
+
+def _bind(settings: LedgerSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
 
 
 def url_of(sock: socket.socket) -> str:

@@ -136,4 +136,3 @@ def _in_utc(query: str, columns: Sequence[tuple[str, str]]) -> str:
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-

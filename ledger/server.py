@@ -21,7 +21,16 @@ from ledger.render import Format, Rendered
 from ledger.writer import Writer
 from schemas import codec
 from schemas.control import ControlState, KeyStated, Role
-from schemas.errors import BadRequest, BodyTooLarge, Forbidden, MethodNotAllowed, NotFound, PenstockError, RequestTimeout, Unauthorized
+from schemas.errors import (
+    BadRequest,
+    BodyTooLarge,
+    Forbidden,
+    MethodNotAllowed,
+    NotFound,
+    PenstockError,
+    RequestTimeout,
+    Unauthorized,
+)
 
 log = structlog.get_logger()
 
@@ -52,7 +61,9 @@ def build_app(writer: Writer, queries: Queries, *, now_ns: Callable[[], int] = t
         if result is None:
             return Response(status_code=499)  # nobody is there to read it
         took_ms = (time.monotonic() - began) * 1000
-        log.info("sql_answered", key_id=key.key_id, rows=result.rows, truncated=result.truncated, took_ms=round(took_ms, 1))
+        log.info(
+            "sql_answered", key_id=key.key_id, rows=result.rows, truncated=result.truncated, took_ms=round(took_ms, 1)
+        )
         headers = {TRUNCATED_HEADER: "true" if result.truncated else "false", ROWS_HEADER: str(result.rows)}
         return Response(result.body, headers=headers, media_type=result.media_type)
 

@@ -18,7 +18,7 @@ from ledger.migrations import migrate
 from ledger.rows import TABLES
 from schemas import subjects
 from schemas.control import AnyControlEvent, ControlEvent
-from schemas.errors import SetupError
+from schemas.errors import ServiceError, SetupError
 from schemas.settings import LedgerSettings
 from schemas.upcasters import read_event
 
@@ -31,6 +31,17 @@ TEMP_MAX_MIB = 4096  # what queries that outgrow their memory may use of the dis
 # What a value raises that its column can't hold.
 BAD_VALUE = (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.OutOfRangeException)
 
+
+class StoreFailed(ServiceError):
+    """The ledger's file could not be written."""
+
+    code = "ledger_not_writable"
+
+
+class StoreOutOfMemory(StoreFailed):
+    """The database has no memory left for the writer."""
+
+    code = "ledger_out_of_memory"
 
 
 class Store:
@@ -79,8 +90,8 @@ class Store:
             [name],
         ).fetchone()
         assert row is not None, name  # noqa: S101 - the first migration made it
-        *rest, newest_event, newest_end = row
-        return Cursor(*rest, newest_event or "", newest_end or "")
+        log_name, last_seq, last_position, created, newest_event, newest_end = row
+        return Cursor(log_name, last_seq, last_position, created, newest_event or "", newest_end or "")
 
     def bind_stream(self, name: str, created: str) -> None:
         """Notes which incarnation of the stream *name* this ledger follows."""
@@ -92,20 +103,25 @@ class Store:
             "SELECT payload FROM events WHERE log = ? AND kind <> 'unreadable' ORDER BY position", [subjects.CONTROL]
         ).fetchall()
         read = (read_event(payload.encode()) for (payload,) in rows)
-        return [event for event in read if isinstance(event, ControlEvent)]  # type: ignore[misc]
+        return [event for event in read if isinstance(event, ControlEvent)]
 
     def append(self, messages: Sequence[StoredMessage], cursor: Cursor) -> tuple[Cursor, list[Placed]]:
         """Stores *messages*, which follow *cursor*, and the new cursor in one transaction.
 
-        Returns the new cursor and the messages' entries. Raises: duckdb.Error; then nothing was stored.
+        Returns the new cursor and the messages' entries. Raises: StoreFailed, StoreOutOfMemory; then nothing was stored.
         """
-        entries = placed(messages)
+        entries = placed(messages, cursor.log)
         last_seq = messages[-1].seq
         try:
-            batch = self._store(entries, cursor, last_seq=last_seq)
-        except BAD_VALUE:
-            entries = [_set_aside(p) if p.entry.event is not None and too_large(p.entry.event) else p for p in entries]
-            batch = self._store(entries, cursor, last_seq=last_seq)
+            try:
+                batch = self._store(entries, cursor, last_seq=last_seq)
+            except BAD_VALUE:
+                entries = [_set_aside_if_too_large(p) for p in entries]
+                batch = self._store(entries, cursor, last_seq=last_seq)
+        except (duckdb.OutOfMemoryException, MemoryError) as error:
+            raise StoreOutOfMemory from error
+        except duckdb.Error as error:
+            raise StoreFailed(f"the ledger's file could not be written: {error}") from error
         for seq, entry in entries:
             if entry.problem is not None:
                 log.warning("line_unreadable", log=cursor.log, stream_seq=seq, problem=entry.problem)
@@ -185,5 +201,7 @@ def _config(path: Path, settings: LedgerSettings) -> dict[str, str | bool | int 
     }
 
 
-def _set_aside(bad: Placed) -> Placed:
-    return Placed(bad.seq, unreadable(bad.entry.payload.encode(), "a number is out of range"))
+def _set_aside_if_too_large(item: Placed) -> Placed:
+    if item.entry.event is None or not too_large(item.entry.event):
+        return item
+    return Placed(item.seq, unreadable(item.entry.payload.encode(), "a number is out of range"))

@@ -12,15 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import duckdb
 import structlog
 
 from bus.connection import Connection
 from bus.reader import OrderedReader, StoredMessage
 from ledger.batch import Cursor
-from ledger.store import Store
+from ledger.store import Store, StoreOutOfMemory
 from schemas import subjects
-from schemas.control import ControlEvent, ControlState
+from schemas.control import AnyControlEvent, ControlEvent, ControlState
 from schemas.errors import PenstockError, SetupError
 
 log = structlog.get_logger()
@@ -82,14 +81,16 @@ class Writer:
     async def run(self) -> None:
         """Stores until `stop`, and then what is still to be had, for at most `DRAIN_S`.
 
-        Raises: StreamGap if messages are missing, SetupError if a stream was replaced, duckdb.Error if the file can't be written.
+        Raises: StreamGap if messages are missing, SetupError if a stream was replaced, StoreFailed if the file can't be written.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 for name in self._readers:
                     group.create_task(self._follow(name), name=f"follow-{name}")
         except ExceptionGroup as group_error:
-            raise _first(group_error) from group_error
+            error = _first(group_error)
+            log.error("ledger_failed", error=str(error))
+            raise error from group_error
         finally:
             for reader in self._readers.values():
                 await reader.close()
@@ -144,17 +145,19 @@ class Writer:
         cursor, stated = await self._append(messages, self._cursors[name])
         self._cursors[name] = cursor
         for event in stated:
-            self.control.apply(event)  # type: ignore[arg-type]  # ControlEvent's only subclasses are AnyControlEvent's
+            self.control.apply(event)
         took_s = time.monotonic() - began
-        log.debug("batch_stored", log=name, messages=len(messages), position=cursor.last_position, took_ms=took_s * 1000)
+        log.debug(
+            "batch_stored", log=name, messages=len(messages), position=cursor.last_position, took_ms=took_s * 1000
+        )
         return took_s
 
-    async def _append(self, messages: Sequence[StoredMessage], cursor: Cursor) -> tuple[Cursor, list[ControlEvent]]:
+    async def _append(self, messages: Sequence[StoredMessage], cursor: Cursor) -> tuple[Cursor, list[AnyControlEvent]]:
         loop = asyncio.get_running_loop()
         for again in range(1, OUT_OF_MEMORY_TRIES + 1):
             try:
                 new, entries = await loop.run_in_executor(self._thread, self._store.append, messages, cursor)
-            except (duckdb.OutOfMemoryException, MemoryError):
+            except StoreOutOfMemory:
                 if again == OUT_OF_MEMORY_TRIES:
                     raise
                 log.warning("memory_needed", log=cursor.log, again=again)

@@ -15,10 +15,10 @@ SELECT
     coalesce(sum(cached_tokens), 0)::BIGINT AS cached_tokens,
     coalesce(sum(reasoning_tokens), 0)::BIGINT AS reasoning_tokens,
     coalesce(sum(cost_usd), 0)::DECIMAL(38, 12) AS cost_usd,
-    quantile_cont(first_token_ms, 0.5) AS first_token_ms_p50,
-    quantile_cont(first_token_ms, 0.95) AS first_token_ms_p95,
-    quantile_cont(duration_ms, 0.5) FILTER (status = 'completed') AS duration_ms_p50,
-    quantile_cont(duration_ms, 0.95) FILTER (status = 'completed') AS duration_ms_p95,
+    round(quantile_cont(first_token_ms, 0.5), 3) AS first_token_ms_p50,
+    round(quantile_cont(first_token_ms, 0.95), 3) AS first_token_ms_p95,
+    round(quantile_cont(duration_ms, 0.5) FILTER (status = 'completed'), 3) AS duration_ms_p50,
+    round(quantile_cont(duration_ms, 0.95) FILTER (status = 'completed'), 3) AS duration_ms_p95,
     min(accepted_at) AS first_at,
     max(accepted_at) AS last_at
 FROM requests
@@ -60,10 +60,10 @@ SELECT
     coalesce(sum(cached_tokens), 0)::BIGINT AS cached_tokens,
     coalesce(sum(reasoning_tokens), 0)::BIGINT AS reasoning_tokens,
     coalesce(sum(cost_usd), 0)::DECIMAL(38, 12) AS cost_usd,
-    quantile_cont(first_token_ms, 0.5) AS first_token_ms_p50,
-    quantile_cont(first_token_ms, 0.95) AS first_token_ms_p95,
-    quantile_cont(duration_ms, 0.5) FILTER (status = 'completed') AS duration_ms_p50,
-    quantile_cont(duration_ms, 0.95) FILTER (status = 'completed') AS duration_ms_p95,
+    round(quantile_cont(first_token_ms, 0.5), 3) AS first_token_ms_p50,
+    round(quantile_cont(first_token_ms, 0.95), 3) AS first_token_ms_p95,
+    round(quantile_cont(duration_ms, 0.5) FILTER (status = 'completed'), 3) AS duration_ms_p50,
+    round(quantile_cont(duration_ms, 0.95) FILTER (status = 'completed'), 3) AS duration_ms_p95,
     min(accepted_at) AS first_at,
     max(accepted_at) AS last_at
 FROM requests
@@ -111,10 +111,10 @@ WITH names AS (
         coalesce(sum(cached_tokens), 0)::BIGINT AS cached_tokens,
         coalesce(sum(reasoning_tokens), 0)::BIGINT AS reasoning_tokens,
         coalesce(sum(cost_usd), 0)::DECIMAL(38, 12) AS cost_usd,
-        quantile_cont(first_token_ms, 0.5) AS first_token_ms_p50,
-        quantile_cont(first_token_ms, 0.95) AS first_token_ms_p95,
-        quantile_cont(duration_ms, 0.5) FILTER (status = 'completed') AS duration_ms_p50,
-        quantile_cont(duration_ms, 0.95) FILTER (status = 'completed') AS duration_ms_p95,
+        round(quantile_cont(first_token_ms, 0.5), 3) AS first_token_ms_p50,
+        round(quantile_cont(first_token_ms, 0.95), 3) AS first_token_ms_p95,
+        round(quantile_cont(duration_ms, 0.5) FILTER (status = 'completed'), 3) AS duration_ms_p50,
+        round(quantile_cont(duration_ms, 0.95) FILTER (status = 'completed'), 3) AS duration_ms_p95,
         min(accepted_at) AS first_at,
         max(accepted_at) AS last_at
     FROM requests
@@ -162,10 +162,10 @@ SELECT
     coalesce(sum(cached_tokens), 0)::BIGINT AS cached_tokens,
     coalesce(sum(reasoning_tokens), 0)::BIGINT AS reasoning_tokens,
     coalesce(sum(cost_usd), 0)::DECIMAL(38, 12) AS cost_usd,
-    quantile_cont(first_token_ms, 0.5) AS first_token_ms_p50,
-    quantile_cont(first_token_ms, 0.95) AS first_token_ms_p95,
-    quantile_cont(duration_ms, 0.5) FILTER (status = 'completed') AS duration_ms_p50,
-    quantile_cont(duration_ms, 0.95) FILTER (status = 'completed') AS duration_ms_p95,
+    round(quantile_cont(first_token_ms, 0.5), 3) AS first_token_ms_p50,
+    round(quantile_cont(first_token_ms, 0.95), 3) AS first_token_ms_p95,
+    round(quantile_cont(duration_ms, 0.5) FILTER (status = 'completed'), 3) AS duration_ms_p50,
+    round(quantile_cont(duration_ms, 0.95) FILTER (status = 'completed'), 3) AS duration_ms_p95,
     min(accepted_at) AS first_at,
     max(accepted_at) AS last_at
 FROM requests
