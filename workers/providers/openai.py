@@ -115,14 +115,16 @@ class OpenAI:
             at_end = False
             while not (reader.done or at_end):
                 data = await answer.read(patience)
-                at_end = not data
+                at_end, came = not data, False
                 for name, payload in events.feed(data) if data else events.end():
                     chunk = reader.event(name, payload)
                     if reader.done:
                         break
                     if chunk is not None:
+                        came = True
                         yield chunk
-                        patience.renew()
+                if came:  # and only now: how long our caller took is not the provider's fault
+                    patience.renew()
             reader.check_complete()
         except BaseException:
             answer.close()
