@@ -215,16 +215,16 @@ class Exchange:
                 continue
             self._heard_at = now
             comment_at = now + self._s.keep_alive_comment_s
-            ending = await self._hand_on(frames, epoch, now)
+            ending = await self._hand_on(relay, frames, epoch, now)
             if ending is not None:
                 return ending
 
-    async def _hand_on(self, frames: list[AnyFrame], epoch: int, now: float) -> Ending | None:
+    async def _hand_on(self, relay: Relay, frames: list[AnyFrame], epoch: int, now: float) -> Ending | None:
         chunks: list[Raw] = []
         for frame in frames:
             match frame:
                 case Started():
-                    self._note_started(frame, epoch, now)
+                    self._note_started(frame, epoch, relay.started_at)
                 case Delta():
                     self._note_chunks(frame, now)
                     chunks.extend(frame.chunks)
@@ -387,15 +387,16 @@ class Exchange:
             price=self._plan.prices[0],
         )
 
-    def _note_started(self, frame: Started, epoch: int, now: float) -> None:
-        self._worker, self._started_at = frame.worker, now
-        queue_us = self._arrival.since_us(now)
+    def _note_started(self, frame: Started, epoch: int, at: float) -> None:
+        """*at* is when the frame came: it may have waited here for the acceptance to be on record."""
+        self._worker, self._started_at = frame.worker, at
+        queue_us = self._arrival.since_us(at)
         if self._queue_us is None:
             self._queue_us = queue_us
         self._s.log.note(
             AttemptStarted(
                 id=EventId(new_id()),
-                ts_ns=time.time_ns(),
+                ts_ns=self._arrival.ns + queue_us * 1000,
                 org=self._principal.org,
                 request_id=self._arrival.request_id,
                 epoch=epoch,

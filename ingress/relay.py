@@ -32,6 +32,7 @@ class Relay:
     def __init__(self, nonce: Nonce, switchboard: Switchboard, *, max_bytes: int) -> None:
         self.nonce = nonce
         self.worker: WorkerId | None = None
+        self.started_at = 0.0  # when Started came, by the loop's clock
         self.gone: str | None = None  # why nobody reads any more
         self._switchboard = switchboard
         self._loop = asyncio.get_running_loop()
@@ -94,7 +95,7 @@ class Relay:
 
     def _accept(self, frame: AnyFrame, size: int) -> None:
         if isinstance(frame, Started):
-            self.worker = frame.worker
+            self.worker, self.started_at = frame.worker, self._loop.time()
         self._expected += 1
         self._bytes += size
         if self._bytes > self._max_bytes:

@@ -22,7 +22,7 @@ from schemas.upcasters import Known, UnknownEvent
 
 EVENTS_OF_REQUEST = """\
 SELECT position, ts, kind, producer, payload::VARCHAR AS payload
-FROM events WHERE request_id = ?::UUID ORDER BY position"""
+FROM events WHERE request_id = ?::UUID ORDER BY ts, position"""
 
 
 class Moment(NamedTuple):
