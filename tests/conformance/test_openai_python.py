@@ -101,6 +101,15 @@ async def test_every_operation_of_the_document_exists(base_url: str) -> None:
             assert (_status(method.upper(), address), method, path) == (wanted, method, path)
 
 
+async def test_nothing_of_this_was_worth_a_warning(up: Running, base_url: str) -> None:
+    """Last in this file: the log of a normal run, clients that leave early included, has no warning and no error."""
+    log = (up.folder / "up.log").read_text(encoding="utf-8")
+    events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert events, log
+    assert [event for event in events if event["level"] in ("warning", "error", "critical")] == []
+    assert "Traceback" not in log
+
+
 def _status(method: str, address: str) -> int:
     body = b"{}" if method == "POST" else None
     try:
