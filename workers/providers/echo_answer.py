@@ -20,7 +20,7 @@ from workers.providers.schema_fill import fill
 from workers.providers.schema_walk import Unfillable
 
 CHOICES_MAX = 128
-ANSWER_TOKENS_MAX = 32 * 1024  # of all choices together: a longer answer ends with finish_reason "length"
+ANSWER_TOKENS_MAX = 16 * 1024  # of all choices together: a longer answer ends with finish_reason "length"
 SEARCHED_CHARS_MAX = 100_000  # of a message, for the names of tools
 SCHEMA_BYTES_MAX = 512 * 1024
 KIND_CHARS_MAX = 40  # of an unknown content part's type

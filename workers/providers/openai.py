@@ -72,7 +72,9 @@ class OpenAI:
         """Raises: SetupError if the address isn't one, or none of the keys can be read."""
         base_url = route.base_url or OPENAI_URL
         if not _is_address(base_url):
-            raise SetupError(f"route {route.id!r}: base_url must be http:// or https:// and a host, not {base_url!r}")
+            raise SetupError(
+                f"route {route.id!r}: base_url must be http:// or https:// and a host; keys belong in api_keys"
+            )
         key = _first_key(route)
         return cls(base_url, route.models, key=key, max_concurrency=route.max_concurrency, settings=settings)
 
@@ -197,7 +199,7 @@ def _with_usage(options: Raw | None) -> Raw:
 def _is_address(base_url: str) -> bool:
     try:
         url = yarl.URL(base_url)
-        return url.scheme in ("http", "https") and bool(url.host)
+        return url.scheme in ("http", "https") and bool(url.host) and url.user is None and url.password is None
     except ValueError:
         return False
 

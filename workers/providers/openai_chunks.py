@@ -164,10 +164,12 @@ class ChunkReader:
             self._finished = True
             if choice.index == 0:
                 finish_reason = reason
-        if not choices and _OF_NO_INTEREST.issuperset(members):
-            if usage is None:
-                return None
+        if (
+            not choices and usage is not None
+        ):  # the report that we asked for: what else is in it has no place in the answer
             return Chunk(members=None, usage=usage, usage_raw=usage_raw, upstream_id=upstream_id)
+        if not choices and _OF_NO_INTEREST.issuperset(members):
+            return None
         head = b'{"choices":' + raw_choices
         return Chunk(
             members=head + b"," + _encode(members)[1:] if members else head + b"}",

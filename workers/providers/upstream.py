@@ -31,7 +31,7 @@ class Upstream:
     def __init__(
         self, base_url: str, headers: Mapping[str, str], *, max_concurrency: int, settings: WorkerSettings
     ) -> None:
-        self._base_url = base_url.rstrip("/")
+        self._base_url = yarl.URL(base_url)
         self._urls: dict[str, yarl.URL] = {}
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "penstock", **headers}
         self._max_concurrency = max_concurrency
@@ -68,7 +68,8 @@ class Upstream:
 
     def _url(self, path: str) -> yarl.URL:
         if path not in self._urls:
-            self._urls[path] = yarl.URL(self._base_url + path)
+            whole = self._base_url.raw_path.rstrip("/") + path
+            self._urls[path] = self._base_url.with_path(whole, encoded=True, keep_query=True)
         return self._urls[path]
 
     def _open(self) -> aiohttp.ClientSession:

@@ -87,6 +87,21 @@ async def test_the_body_arrives_as_the_client_wrote_it_but_for_model_and_usage(
     assert mock.seen[-1].path == "/v1/chat/completions"
 
 
+@pytest.mark.parametrize(
+    ("added", "path"),
+    [
+        ("/", "/v1/chat/completions"),
+        ("?api-version=7", "/v1/chat/completions?api-version=7"),
+        ("/a%20b/?x=1", "/v1/a%20b/chat/completions?x=1"),
+    ],
+)
+async def test_a_base_address_keeps_its_path_and_query(mock: MockProvider, added: str, path: str) -> None:
+    provider = make_openai(mock.base_url + added)
+    await hear(provider, make_job())
+    await provider.aclose()
+    assert mock.seen[-1].path == path
+
+
 async def test_the_key_goes_in_the_header_and_no_key_means_no_header(mock: MockProvider, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sk-secret\n")
     for keys, expected in (((f"file:{tmp_path / 'key'}",), "Bearer sk-secret"), ((), None)):

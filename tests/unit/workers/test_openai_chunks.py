@@ -83,6 +83,12 @@ def test_usage_comes_from_a_chunk_of_its_own() -> None:
     assert json.loads(chunk.usage_raw or b"") == USAGE
 
 
+def test_a_usage_report_is_no_chunk_for_the_client_whatever_else_is_in_it() -> None:
+    """llama.cpp adds timings. A client that asked for no usage would stumble over a chunk without choices."""
+    (chunk,) = read(event(usage=USAGE, timings={"predicted_ms": 7}))
+    assert chunk.members is None
+
+
 def test_usage_may_come_with_the_last_content_or_with_every_chunk() -> None:
     for chunk in read(event(choice({"content": "x"}), usage=USAGE), event(choice({}, finish="stop"), usage=USAGE)):
         assert chunk.members is not None

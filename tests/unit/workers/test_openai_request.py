@@ -67,7 +67,10 @@ def test_registry_makes_a_provider_that_knows_the_upstream_names() -> None:
     assert [provider.upstream_model(name) for name in ("public", "other")] == ["theirs", "other"]
 
 
-@pytest.mark.parametrize("base_url", ["example.com", "ftp://example.com", "http://", "http://[", "file:///etc"])
+@pytest.mark.parametrize(
+    "base_url",
+    ["example.com", "ftp://example.com", "http://", "http://[", "file:///etc", "http://u:p@h/v1", "http://h:99999/"],
+)
 def test_an_address_that_is_none_is_a_setup_error(base_url: str) -> None:
     with pytest.raises(SetupError, match="base_url"):
         make_provider(route(base_url=base_url), WorkerSettings())
