@@ -27,7 +27,7 @@ from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
-LOCK = ROOT / "requirements" / "conformance.lock"
+LOCK = ROOT / "requirements" / "dev.lock"
 
 API_KEY = "My API Key"
 CHAT_TESTS = "tests/api_resources/chat/test_completions.py"
@@ -36,7 +36,7 @@ SELECTED = "create or test_models"  # by the names of tests and files
 TIMEOUT_S = 120.0
 DOWNLOAD_TIMEOUT_S = 120.0
 
-_PIN = re.compile(r"^openai==(?P<version>[0-9.]+).*?--hash=sha256:(?P<sha256>[0-9a-f]{64})", re.MULTILINE | re.DOTALL)
+_PIN = re.compile(r"^openai==(?P<version>[0-9.]+)(?: \\\n +--hash=sha256:[0-9a-f]{64})+", re.MULTILINE)
 _MODEL = re.compile(r'(?:\bmodel=|models(?:\.with_\w+)?\.(?:retrieve|delete)\()\s*"(?P<name>[^"]+)"')
 
 
@@ -55,35 +55,51 @@ class Verdict:
         return self.chat > 0 and self.models > 0 and self.failed == 0 and self.skipped == 0
 
 
-def pinned() -> tuple[str, str]:
-    """The version of the SDK and the SHA-256 of its source archive."""
-    pin = _PIN.search(LOCK.read_text(encoding="utf-8"))
-    if pin is None:
-        raise ValueError(f"{LOCK} does not pin openai with a hash")
-    return pin["version"], pin["sha256"]
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """How the development lock names the SDK: one version, with the hashes of its wheel and of its source archive."""
+
+    version: str
+    line: str
+
+    def has(self, archive: Path) -> bool:
+        return archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() in self.line
+
+
+def pinned() -> Pin:
+    found = _PIN.search(LOCK.read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"{LOCK} does not pin openai by hash")
+    return Pin(found["version"], found[0])
 
 
 def fetch() -> Path:
-    """The folder of the SDK's source, downloaded and unpacked only once.
+    """The folder of the SDK's tests, downloaded and unpacked only once.
 
-    Raises: CalledProcessError if pip can't fetch it or it isn't what is locked.
+    Raises: CalledProcessError if pip can't fetch the archive or it isn't what is locked.
     """
-    version, sha256 = pinned()
-    archive = CACHE / f"openai-{version}.tar.gz"
-    folder = CACHE / f"openai-{version}-{sha256[:12]}"
-    if folder.is_dir():
+    pin = pinned()
+    name = f"openai-{pin.version}"
+    archive, folder = CACHE / f"{name}.tar.gz", CACHE / name
+    if folder.is_dir() and pin.has(archive):
         return folder
-    if not archive.is_file() or hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
-        CACHE.mkdir(exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        only_source = ["--no-binary", "openai", "--require-hashes", "--requirement", str(LOCK), "--dest", str(CACHE)]
-        subprocess.run([*pip, *only_source], check=True, timeout=DOWNLOAD_TIMEOUT_S)
+    CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as draft:
+        if not pin.has(archive):
+            _download(pin, Path(draft))
         with tarfile.open(archive) as tar:
-            wanted = [member for member in tar if _is_wanted(member.name, version)]
-            tar.extractall(draft, members=wanted, filter="data")
-        shutil.move(Path(draft) / f"openai-{version}", folder)
+            tar.extractall(draft, members=[member for member in tar if _is_wanted(member.name, name)], filter="data")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(Path(draft) / name, folder)
     return folder
+
+
+def _download(pin: Pin, draft: Path) -> None:
+    wanted = draft / "requirements.txt"
+    wanted.write_text(pin.line + "\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    only_source = ["--no-binary", "openai", "--require-hashes", "--requirement", str(wanted), "--dest", str(CACHE)]
+    subprocess.run([*pip, *only_source], check=True, timeout=DOWNLOAD_TIMEOUT_S)
 
 
 def models_asked_for(source: Path) -> list[str]:
@@ -121,9 +137,9 @@ def run(source: Path, *, base_url: str) -> Verdict:
     )
 
 
-def _is_wanted(name: str, version: str) -> bool:
+def _is_wanted(member: str, root: str) -> bool:
     """The tests and the options they run with; not the package, so that the installed one is what is tested with."""
-    inside = name.removeprefix(f"openai-{version}/")
+    inside = member.removeprefix(f"{root}/")
     return inside == "pyproject.toml" or inside.startswith("tests/")
 
 

@@ -78,7 +78,7 @@ async def base_url(up: Running) -> str:
 
 
 def test_the_suite_is_of_the_version_that_is_installed() -> None:
-    assert suite.pinned()[0] == importlib.metadata.version("openai")
+    assert suite.pinned().version == importlib.metadata.version("openai")
 
 
 def test_the_models_that_the_suite_asks_for_are_found(source: Path) -> None:
