@@ -7,6 +7,8 @@ import contextlib
 import importlib
 import os
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -270,9 +272,16 @@ Try it:
 
 Then ask the ledger (in another terminal):
 
-  penstock sql "select model, status, completion_tokens, cost_usd from requests"
+  {_called("sql", ready)} "select model, status, completion_tokens, cost_usd from requests"
 """
     )
+
+
+def _called(command: str, ready: Ready) -> str:
+    """How the one who reads the greeting can call *command*: `make up` puts nothing on the PATH."""
+    program = "penstock" if shutil.which("penstock") else os.path.relpath(Path(sys.executable).with_name("penstock"))
+    home = "" if Path(ready.home) == home_folder(None) else f" --home {shlex.quote(ready.home)}"
+    return f"{program} {command}{home}"
 
 
 def _python_path() -> str:
