@@ -88,7 +88,8 @@ def fetch() -> Path:
         if not pin.has(archive):
             _download(pin, Path(draft))
         with tarfile.open(archive) as tar:
-            tar.extractall(draft, members=[member for member in tar if _is_wanted(member.name, name)], filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # the first releases of 3.11 have none
+            tar.extractall(draft, members=[member for member in tar if _is_wanted(member.name, name)])
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(Path(draft) / name, folder)
     return folder
