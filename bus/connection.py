@@ -13,6 +13,7 @@ import nats.errors
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg as Message
+from nats.aio.subscription import Subscription
 
 from schemas.errors import PenstockError, SetupError
 
@@ -23,14 +24,21 @@ RECONNECT_WAIT_S = 0.2
 PENDING_BYTES_MAX = 32 * 1024 * 1024  # written but not sent, while the server is away
 API_TIMEOUT_S = 5.0
 CONNECT_WAIT_S = 30.0
+PING_EVERY_S = 5.0  # a server that doesn't answer two of them is given up: a cut cable says nothing
+PINGS_UNANSWERED_MAX = 2
+SETTLE_TIMEOUT_S = 2.0
+
+KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py handles as it should
 
 LISTEN_BYTES_MAX = 512 * 1024 * 1024  # of one subscription, received and not handled yet
 LISTEN_MESSAGES_MAX = 1_000_000
 
+Disconnected = Callable[[], None]
 Reconnected = Callable[[], Awaitable[None]]
+Forget = Callable[[], None]
 OnMessage = Callable[[Message], Awaitable[None]]
 
-__all__ = ["ApiError", "BusUnavailable", "Connection", "Message", "api_answer", "connect"]
+__all__ = ["ApiError", "BusUnavailable", "Connection", "Message", "MessageTooLarge", "api_answer", "connect"]
 
 
 class ApiError(PenstockError):
@@ -50,20 +58,52 @@ class BusUnavailable(PenstockError):
     code = "bus_unavailable"
 
 
+class MessageTooLarge(PenstockError):
+    """The message is larger than NATS takes."""
+
+    code = "message_too_large"
+
+
+class _Client(Client):
+    """nats-py closes a connection for good when its server says ``-ERR``, whatever it says; this one reconnects."""
+
+    async def _process_err(self, err_msg: str) -> None:
+        if any(word in err_msg for word in KEEPS_CONNECTION):
+            await super()._process_err(err_msg)
+        else:
+            error = nats.errors.Error(f"nats: {err_msg}")
+            await self._error_cb(error)
+            await self._process_op_err(error)
+
+
 class Connection:
     """A live connection; it reconnects for ever by itself. Those who hold state on the server re-make it `on_reconnect`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.nc = Client()
+        self.nc = _Client()
         self._reconnected: list[Reconnected] = []
+        self._disconnected: list[Disconnected] = []
+        self._requests: set[asyncio.Future[Message]] = set()
 
     @property
     def is_up(self) -> bool:
         return bool(self.nc.is_connected)
 
-    def on_reconnect(self, callback: Reconnected) -> None:
+    @property
+    def max_payload(self) -> int:
+        """The largest message that the server takes, its headers included, in bytes. A larger one costs the connection."""
+        return int(self.nc.max_payload)
+
+    def on_reconnect(self, callback: Reconnected) -> Forget:
+        """Calls *callback* after each reconnect, until what this returns is called."""
         self._reconnected.append(callback)
+        return lambda: self._reconnected.remove(callback)
+
+    def on_disconnect(self, callback: Disconnected) -> Forget:
+        """Calls *callback* when the connection is lost or closed: no answer will come to what was asked before."""
+        self._disconnected.append(callback)
+        return lambda: self._disconnected.remove(callback)
 
     async def say(self, subject: str, payload: bytes) -> None:
         """Core NATS: at most once. While the connection is away it waits in a bounded buffer.
@@ -81,6 +121,23 @@ class Connection:
             subject, cb=on_message, pending_msgs_limit=LISTEN_MESSAGES_MAX, pending_bytes_limit=LISTEN_BYTES_MAX
         )
 
+    async def settle(self, subscription: Subscription) -> None:
+        """Ends *subscription*; what its server had sent before is still handed on, unless the connection is away.
+
+        Never from the subscription's own callback: this waits for it.
+        """
+        try:
+            if not self.is_up:
+                await subscription.unsubscribe()
+                return
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                await subscription.drain()  # type: ignore[no-untyped-call]
+        except (nats.errors.Error, OSError) as error:  # TimeoutError is an OSError
+            log.debug("unsubscribe_failed", error=type(error).__name__)
+            # A drain that was cut off leaves the subscription in the client, which would renew it at each reconnect.
+            subscription._stop_processing()  # noqa: SLF001
+            self.nc._remove_sub(subscription._id)  # noqa: SLF001
+
     async def api(self, verb: str, body: object = None, *, timeout_s: float = API_TIMEOUT_S) -> dict[str, Any]:
         """Calls ``$JS.API.<verb>`` and returns its answer.
 
@@ -93,10 +150,23 @@ class Connection:
     async def request(
         self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
     ) -> Message:
-        """Raises: BusUnavailable if there is no connection or no answer in time."""
+        """Raises: BusUnavailable if there is no connection, if it is lost meanwhile, or if no answer comes in time."""
+        if not self.is_up:
+            raise BusUnavailable
+        asked: asyncio.Future[Message] = asyncio.ensure_future(
+            self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
+        )
+        self._requests.add(asked)
         try:
-            return await self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
-        except (TimeoutError, nats.errors.Error, OSError) as error:
+            await asyncio.wait((asked,))
+        finally:
+            self._requests.discard(asked)
+            asked.cancel()
+        if asked.cancelled():
+            raise BusUnavailable("the connection to NATS was lost before the answer came")
+        try:
+            return asked.result()
+        except (nats.errors.Error, OSError) as error:  # TimeoutError is an OSError
             raise BusUnavailable(
                 f"NATS gave no answer on {subject.split('.', maxsplit=1)[0]}: {type(error).__name__}"
             ) from error
@@ -128,17 +198,25 @@ class Connection:
     async def _on_disconnected(self) -> None:
         if not self.nc.is_closed:
             log.info("disconnected")
+        for asked in self._requests:
+            asked.cancel()
+        for callback in self._disconnected:
+            callback()
 
     async def _on_reconnected(self) -> None:
         log.info("reconnected")
-        for callback in self._reconnected:
+        for callback in tuple(self._reconnected):
             try:
                 await callback()
             except PenstockError as error:
                 log.warning("reconnect_failed", callback=callback.__qualname__, error=error.message)
+            except Exception:  # the others must be told all the same
+                log.exception("reconnect_broke", callback=callback.__qualname__)
 
 
-async def connect(url: str, *, name: str, wait_s: float = CONNECT_WAIT_S) -> Connection:
+async def connect(
+    url: str, *, name: str, wait_s: float = CONNECT_WAIT_S, ping_every_s: float = PING_EVERY_S
+) -> Connection:
     """A connection to the server or cluster at *url* (several: separated by commas), whose server is new enough.
 
     Raises: SetupError if none can be had within *wait_s*, or the server is older than `SERVER_VERSION_MIN`.
@@ -154,12 +232,15 @@ async def connect(url: str, *, name: str, wait_s: float = CONNECT_WAIT_S) -> Con
                 reconnected_cb=connection._on_reconnected,  # noqa: SLF001
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=cast("int", RECONNECT_WAIT_S),
+                ping_interval=cast("int", ping_every_s),
+                max_outstanding_pings=PINGS_UNANSWERED_MAX,
                 pending_size=PENDING_BYTES_MAX,
             )
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        raise SetupError(
-            f"no NATS server could be reached at {_without_secret(url)}: {type(error).__name__}"
-        ) from error
+    except (nats.errors.Error, OSError) as error:  # TimeoutError is an OSError
+        reason = _reason(connection.nc.last_error or error)
+        if connection.nc.is_connecting:  # cut off while shaking hands: the socket is open
+            await connection.close()
+        raise SetupError(f"no NATS server could be reached at {_without_secret(url)}: {reason}") from error
     version = connection.nc.connected_server_version
     if (version.major, version.minor) < SERVER_VERSION_MIN:
         await connection.close()
@@ -186,6 +267,13 @@ def api_answer(data: bytes) -> dict[str, Any]:
     return answer
 
 
+def _reason(error: Exception) -> str:
+    """Why there is no connection, as far as it is known; the server's own words when it refused the credential."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error).removeprefix("nats: ") or type(error).__name__
+
+
 def _without_secret(url: str) -> str:
-    """*url* as it may be shown: without what stands before the @."""
-    return re.sub(r"(?<=://)[^/,]*@", "", url)
+    """*url* as it may be shown: without what stands before each server's @."""
+    return ",".join(re.sub(r"^([a-z]+://)?.*@", r"\1", one) for one in url.split(","))

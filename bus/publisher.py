@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 from itertools import count
 
+import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 
-from bus.connection import BusUnavailable, Connection, api_answer
+from bus.connection import BusUnavailable, Connection, Forget, MessageTooLarge, api_answer
+from schemas.errors import PenstockError
 
 SWEEP_EVERY_S = 0.25
+HEADER_LINE_BYTES = len("NATS/1.0\r\n\r\n")
 
 
 class Publisher:
@@ -25,31 +28,35 @@ class Publisher:
         self._numbers = count()
         self._waiting: dict[str, tuple[asyncio.Future[int], float]] = {}
         self._sweeper: asyncio.Task[None] | None = None
+        self._forget: Forget | None = None
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
         inbox = self._connection.nc.new_inbox()
         await self._connection.nc.subscribe(f"{inbox}.*", cb=self._on_answer)
         self._inbox = inbox
+        self._forget = self._connection.on_disconnect(self._fail_all)
         self._sweeper = asyncio.create_task(self._sweep(), name="publisher-sweep")
 
     async def stop(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
-        for future, _ in self._waiting.values():
-            if not future.done():
-                future.set_exception(BusUnavailable("the connection is closing"))
-        self._waiting.clear()
+        if self._forget is not None:
+            self._forget()
+        self._fail_all()
 
     async def publish(
         self, subject: str, payload: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
     ) -> int:
         """The message's sequence number in its stream, once the stream has stored it.
 
-        Raises: ApiError if the stream refuses it, BusUnavailable if there is no answer in time: then it may have been
-        stored all the same, and publishing again needs the same ``Nats-Msg-Id``.
+        Raises: ApiError if the stream refuses it, MessageTooLarge if the server would, BusUnavailable if there is no answer
+        in time or the connection is lost: then it may have been stored all the same, or may still be, and publishing again
+        needs the same ``Nats-Msg-Id``.
         """
+        if len(payload) + _size(headers) > self._connection.max_payload:
+            raise MessageTooLarge(f"the message is larger than NATS takes ({self._connection.max_payload} bytes)")
         if not self._connection.is_up:
             raise BusUnavailable
         number = str(next(self._numbers))
@@ -72,8 +79,16 @@ class Publisher:
             return
         try:
             future.set_result(api_answer(msg.data)["seq"])
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with the answer belongs to the one who waits
+        except PenstockError as error:
             future.set_exception(error)
+        except (msgspec.MsgspecError, LookupError, TypeError) as error:
+            future.set_exception(BusUnavailable(f"the stream's answer is not JetStream's: {type(error).__name__}"))
+
+    def _fail_all(self) -> None:
+        """Their answers went to a connection that is gone: those who wait may try again at once."""
+        for future, _ in self._waiting.values():
+            if not future.done():
+                future.set_exception(BusUnavailable("the connection to NATS was lost before the answer came"))
 
     async def _sweep(self) -> None:
         while True:
@@ -82,3 +97,10 @@ class Publisher:
             for future, deadline in list(self._waiting.values()):
                 if now > deadline and not future.done():
                     future.set_exception(BusUnavailable("the stream gave no answer in time"))
+
+
+def _size(headers: dict[str, str] | None) -> int:
+    """What *headers* take on the wire: ``Name: value`` and a line's end for each."""
+    if headers is None:
+        return 0
+    return HEADER_LINE_BYTES + sum(len(name) + len(value) + 4 for name, value in headers.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bus.connection import ApiError, BusUnavailable, Connection
+from bus.connection import ApiError, BusUnavailable, Connection, MessageTooLarge
 from bus.publisher import Publisher
 from schemas import codec, subjects
 from schemas.errors import BacklogFull, BadRequest, QueueUnavailable
@@ -29,16 +29,19 @@ class JobQueue:
 
         Raises: BacklogFull over the org's bound, BadRequest over the server's payload, QueueUnavailable.
         """
-        payload = codec.encode(job)
-        if len(payload) > self._connection.nc.max_payload:
-            raise BadRequest(f"the request is larger than the queue takes ({self._connection.nc.max_payload} bytes)")
         headers = {
             "Nats-Msg-Id": f"{job.request_id}.{job.epoch}",
             "Nats-TTL": str(max(1, math.ceil(job.timeouts.queue_s))),
         }
         subject = subjects.job(model=job.model, route=job.route, lane=lane, org=job.org)
         try:
-            return await self._publisher.publish(subject, payload, timeout_s=PUBLISH_TIMEOUT_S, headers=headers)
+            return await self._publisher.publish(
+                subject, codec.encode(job), timeout_s=PUBLISH_TIMEOUT_S, headers=headers
+            )
+        except MessageTooLarge as error:
+            raise BadRequest(
+                f"the request is larger than the queue takes ({self._connection.max_payload} bytes)"
+            ) from error
         except ApiError as error:
             if error.error_code == STORE_REFUSED:
                 raise BacklogFull from error
