@@ -8,13 +8,14 @@ events (docs/adr/0002-pages.md has the figures).
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 from collections import deque
 from itertools import count
 
 import structlog
 
-from bus.connection import ApiError, BusUnavailable, Connection
+from bus.connection import ApiError, BusUnavailable, Connection, MessageTooLarge
 from bus.publisher import Publisher
 from bus.streams import PAGE_MAX_BYTES
 from schemas import codec, subjects
@@ -24,10 +25,15 @@ from schemas.events import Event
 log = structlog.get_logger()
 
 PAGE_EVENTS_MAX = 1024
+PAGE_HEADER_BYTES = 256  # room for the message id: the stream's bound counts the headers, too
+EVENT_MAX_BYTES = PAGE_MAX_BYTES - PAGE_HEADER_BYTES
 WAITING_EVENTS_MAX = 100_000
 ACK_TIMEOUT_S = 5.0
 RETRY_WAIT_S = 0.1
-RETRY_FOR_S = 300.0  # shorter than the stream's duplicate window, so that a page can't be stored twice
+RETRY_BLINDLY_FOR_S = 300.0  # shorter than the stream's duplicate window, in which it knows a page by its message id
+
+NO_MESSAGE = 10037
+PAGE_REFUSED = 10054  # "message size exceeds maximum allowed": trying again can't help
 
 
 class EventLog:
@@ -51,7 +57,7 @@ class EventLog:
     def append(self, event: Event) -> asyncio.Future[None]:
         """Takes *event* at once, in the order of the calls; the future resolves when it is durable.
 
-        Raises: LogUnavailable at once when too many wait, or through the future when the log gives up.
+        Raises: LogUnavailable at once when too many wait or *event* is larger than a page.
         """
         future: asyncio.Future[None] = self._loop.create_future()
         self._take(event, future)
@@ -76,7 +82,7 @@ class EventLog:
     def note(self, event: Event) -> None:
         """Like `append`, for events that nobody waits for.
 
-        Raises: LogUnavailable at once when too many wait.
+        Raises: LogUnavailable at once when too many wait or *event* is larger than a page.
         """
         self._take(event, None)
 
@@ -88,7 +94,10 @@ class EventLog:
     def _take(self, event: Event, future: asyncio.Future[None] | None) -> None:
         if len(self._waiting) >= WAITING_EVENTS_MAX:
             raise LogUnavailable
-        self._waiting.append((codec.encode(event), future))
+        line = codec.encode(event)
+        if len(line) > EVENT_MAX_BYTES:  # no page could hold it, and those behind it would wait for ever
+            raise LogUnavailable(f"an event of {len(line)} bytes is larger than a page of the log")
+        self._waiting.append((line, future))
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_pages(), name="event-log")
 
@@ -115,7 +124,7 @@ class EventLog:
         size = 0
         while self._waiting and len(lines) < PAGE_EVENTS_MAX:
             size += len(self._waiting[0][0]) + 1
-            if lines and size > PAGE_MAX_BYTES:
+            if lines and size > EVENT_MAX_BYTES:
                 break
             line, future = self._waiting.popleft()
             lines.append(line)
@@ -124,15 +133,37 @@ class EventLog:
         return lines, futures
 
     async def _write(self, page: bytes) -> LogUnavailable | None:
-        """Stores *page*, trying again with the same message id while the stream can't be reached."""
-        headers = {"Nats-Msg-Id": f"{self._session}.{next(self._pages)}"}
-        until = self._loop.time() + RETRY_FOR_S
+        """Stores *page* once, trying with the same message id for as long as the stream can't be reached."""
+        number = f"{self._session}.{next(self._pages)}"
+        began = self._loop.time()
+        failed = False
         while True:
             try:
-                await self._publisher.publish(self._subject, page, timeout_s=ACK_TIMEOUT_S, headers=headers)
-            except (BusUnavailable, ApiError) as error:
-                if self._loop.time() > until:
+                if self._loop.time() - began < RETRY_BLINDLY_FOR_S or not await self._is_last(number):
+                    headers = {"Nats-Msg-Id": number}
+                    await self._publisher.publish(self._subject, page, timeout_s=ACK_TIMEOUT_S, headers=headers)
+            except (BusUnavailable, ApiError, MessageTooLarge) as error:
+                if isinstance(error, MessageTooLarge) or getattr(error, "error_code", None) == PAGE_REFUSED:
                     return LogUnavailable(f"the event log could not be written: {error.message}")
+                if not failed:
+                    log.warning("event_log_unavailable", error=error.message, waiting=len(self._waiting))
+                failed = True
                 await asyncio.sleep(RETRY_WAIT_S)
             else:
+                if failed:
+                    log.info("event_log_back", waiting=len(self._waiting))
                 return None
+
+    async def _is_last(self, number: str) -> bool:
+        """Whether the page with the message id *number* was stored already: nobody else writes to our subject.
+
+        Raises: ApiError, BusUnavailable.
+        """
+        try:
+            answer = await self._connection.api(f"STREAM.MSG.GET.{subjects.EVENTS}", {"last_by_subj": self._subject})
+        except ApiError as error:
+            if error.error_code == NO_MESSAGE:
+                return False
+            raise
+        headers = base64.b64decode(answer["message"].get("hdrs", ""))
+        return f"Nats-Msg-Id: {number}\r\n".encode() in headers
