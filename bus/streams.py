@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 from bus.connection import ApiError, Connection
@@ -11,11 +13,12 @@ from schemas.settings import NatsSettings
 
 SECOND_NS = 1_000_000_000
 STREAM_EXISTS = 10058  # "stream name already in use with a different configuration"
+STREAM_NOT_FOUND = 10059
 CONSUMERS_MAX = 20_000  # 2.15's default of 1000 would end at model 1001
 JOBS_MAX_AGE_S = 3600
 JOBS_DUPLICATES_S = 120
-EVENTS_DUPLICATES_S = 600  # longer than the log keeps trying a page
-PAGE_MAX_BYTES = 512 * 1024
+EVENTS_DUPLICATES_S = 600  # longer than the log tries a page again without looking
+PAGE_MAX_BYTES = 512 * 1024  # with its headers
 ACK_WAIT_S = 5  # from the pull to Started
 CONSUMER_IDLE_S = 600
 
@@ -25,7 +28,9 @@ async def ensure_streams(connection: Connection, settings: NatsSettings) -> None
 
     Raises: ApiError, BusUnavailable.
     """
-    for config in (jobs_stream(settings), events_stream(settings), control_stream(settings)):
+    jobs = jobs_stream(settings)
+    await _begin_jobs(connection, jobs)
+    for config in (jobs, events_stream(settings), control_stream(settings)):
         await _ensure_stream(connection, config)
 
 
@@ -114,3 +119,19 @@ async def _ensure_stream(connection: Connection, config: dict[str, Any]) -> None
         if error.error_code != STREAM_EXISTS:
             raise
         await connection.api(f"STREAM.UPDATE.{config['name']}", config)
+
+
+async def _begin_jobs(connection: Connection, config: dict[str, Any]) -> None:
+    """Makes JOBS if it isn't there, with numbers that no earlier JOBS has used: the clock's microseconds.
+
+    It lives in memory, so a restarted server begins anew. Were it to begin with 1, whoever withdraws an old job by its number
+    would take out a new one.
+    """
+    try:
+        await connection.api(f"STREAM.INFO.{config['name']}")
+    except ApiError as error:
+        if error.error_code != STREAM_NOT_FOUND:
+            raise
+        with contextlib.suppress(ApiError):  # somebody else has just made it, or what is wrong is said by the next call
+            first = {**config, "first_seq": time.time_ns() // 1000}
+            await connection.api(f"STREAM.CREATE.{config['name']}", first)
