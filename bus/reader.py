@@ -1,8 +1,9 @@
 """A stream read in order from a sequence number on, refusing gaps.
 
 An explicit-ack consumer with a high-water mark loses events, because redelivery is out of order. So this reads with an
-AckNone consumer that begins behind the reader's own position; whenever a message isn't the next one, the consumer is made
-anew, and if the next one still isn't there, it is gone: `StreamGap`.
+AckNone consumer that begins behind the reader's own position. Such a consumer numbers its deliveries, too: if one of them is
+missing, messages were lost on the way, and the consumer is made anew; if none is and the stream's next message still isn't the
+first that comes, that one is gone: `StreamGap`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from schemas.ids import new_name
 
 WINDOW = 512  # messages asked for and not handed out yet
 READER_IDLE_S = 30
+SHORT_LOOKS_MAX = 20
+SHORT_LOOK_EVERY_S = 0.1
 
 
 class StoredMessage(NamedTuple):
@@ -53,7 +56,8 @@ class OrderedReader:
         self._seen = after  # the last message received
         self._handed = after  # the last message handed out
         self._fold = last_per_subject
-        self._fresh = True  # nothing has come from the present consumer yet
+        self._consumer = ""  # the present one; what others still send is not for us
+        self._deliveries = 0  # that have come from it
         self._waiting: deque[StoredMessage] = deque()
         self._arrived = asyncio.Event()
         self._gap: StreamGap | None = None
@@ -101,6 +105,7 @@ class OrderedReader:
         return taken
 
     async def _make_consumer(self) -> str:
+        self._consumer = ""
         config: dict[str, object] = {
             "name": new_name("reader"),
             "ack_policy": "none",
@@ -112,30 +117,45 @@ class OrderedReader:
             config["deliver_policy"] = "last_per_subject"
             config["filter_subjects"] = [f"{self._stream.lower()}.>"]
         else:
+            await self._refuse_other_stream()
             config["deliver_policy"] = "by_start_sequence"
             config["opt_start_seq"] = self._seen + 1
         answer = await ensure_consumer(self._connection, self._stream, config)
-        self._fresh = True
         self._behind = int(answer["num_pending"])
-        return str(answer["name"])
+        self._deliveries = 0
+        self._consumer = str(answer["name"])
+        return self._consumer
+
+    async def _refuse_other_stream(self) -> None:
+        """A stream that ends before what we have seen is another one: the server would wait for ours to be reached, silently."""
+        for _ in range(SHORT_LOOKS_MAX):
+            last = int((await stream_state(self._connection, self._stream))["last_seq"])
+            if last >= self._seen:
+                return
+            await asyncio.sleep(SHORT_LOOK_EVERY_S)  # a cluster's new leader may not have come so far yet
+        self._refuse(got=last + 1)
 
     async def _on_message(self, msg: Msg) -> None:
         metadata = msg.metadata
-        seq, behind = metadata.sequence.stream, metadata.num_pending or 0
-        if seq <= self._seen or self._gap is not None:
+        if metadata.consumer != self._consumer or self._gap is not None:
             self._puller.grant(1)  # from a consumer that we have left
             return
-        if not self._fold and seq != self._seen + 1:
-            if self._fresh:
-                self._gap = StreamGap(stream=self._stream, expected=self._seen + 1, got=seq)
-                self._arrived.set()
-            else:
-                self._fresh = True
-                self._puller.grant(1)
-                self._puller.renew()
-            return
-        self._fresh = False
-        self._seen = seq
-        self._behind = behind
-        self._waiting.append(StoredMessage(msg.subject, seq, msg.data))
+        seq, behind = metadata.sequence.stream, metadata.num_pending or 0
+        self._deliveries += 1
+        hole = not self._fold and seq != self._seen + 1
+        if metadata.sequence.consumer != self._deliveries or (hole and self._deliveries > 1):
+            self._consumer = ""
+            self._puller.grant(1)
+            self._puller.renew()
+        elif hole:
+            self._puller.grant(1)
+            self._refuse(got=seq)
+        else:
+            self._seen = seq
+            self._behind = behind
+            self._waiting.append(StoredMessage(msg.subject, seq, msg.data))
+            self._arrived.set()
+
+    def _refuse(self, *, got: int) -> None:
+        self._gap = StreamGap(stream=self._stream, expected=self._seen + 1, got=got)
         self._arrived.set()
