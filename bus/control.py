@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from bus.connection import ApiError, BusUnavailable, Connection
+from bus.connection import ApiError, BusUnavailable, Connection, MessageTooLarge
 from bus.publisher import Publisher
 from bus.reader import OrderedReader, StoredMessage
 from schemas import codec, subjects
@@ -59,7 +59,8 @@ class ControlFeed:
     async def say(self, event: AnyControlEvent) -> None:
         """States *event* and returns when this process has folded it.
 
-        Raises: Conflict if somebody else stated something about the same entity meanwhile, LogUnavailable.
+        Raises: Conflict if somebody else stated something about the same entity meanwhile, LogUnavailable if it can't be
+        recorded, or is recorded and doesn't come back in time.
         """
         subject = _subject(event)
         headers = {"Nats-Expected-Last-Subject-Sequence": str(self._seqs.get(subject, 0)), "Nats-Msg-Id": event.id}
@@ -71,12 +72,15 @@ class ControlFeed:
             if error.error_code == WRONG_LAST_SEQUENCE:
                 raise Conflict from error
             raise LogUnavailable(f"the change could not be recorded: {error.message}") from error
-        except BusUnavailable as error:
-            raise LogUnavailable("the change could not be recorded: NATS can't be reached") from error
-        async with asyncio.timeout(STATE_TIMEOUT_S):
-            while self._seqs.get(subject, 0) < seq:
-                self._moved.clear()
-                await self._moved.wait()
+        except (BusUnavailable, MessageTooLarge) as error:
+            raise LogUnavailable(f"the change could not be recorded: {error.message}") from error
+        try:
+            async with asyncio.timeout(STATE_TIMEOUT_S):
+                while self._seqs.get(subject, 0) < seq:
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError as error:
+            raise LogUnavailable("the change is recorded, but can't be read back at the moment") from error
 
     async def _follow(self) -> None:
         while True:
@@ -94,10 +98,16 @@ class ControlFeed:
                 log.info("control_event_unknown", subject=subject, seq=seq)  # a newer release wrote it
             else:
                 self.state.apply(event)
-                for callback in self._changed:
-                    callback(event)
+                self._tell(event)
             self._seqs[subject] = seq
         self._moved.set()
+
+    def _tell(self, event: AnyControlEvent) -> None:
+        for callback in self._changed:
+            try:
+                callback(event)
+            except Exception:  # what a listener makes of it must not end the feed
+                log.exception("control_listener_broke", callback=callback.__qualname__)
 
 
 def _subject(event: AnyControlEvent) -> str:
