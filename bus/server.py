@@ -1,7 +1,7 @@
 """The embedded NATS server: find it, configure it, start it, keep its address, stop it.
 
 It listens on a loopback port of its own choosing and never outlives the process that started it. One store directory has one owner:
-a lock file says so before the server does.
+a lock file says so, which the server holds too: were its parent killed and started again at once, two servers would write there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ from schemas.settings import NatsSettings
 VERSION_MIN = (2, 15)
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
+LOCK_WAIT_S = 1.0  # for a server whose penstock was killed: it takes a moment to go
 USER = "penstock"
 LOG_MAX_BYTES = 16 * 1024 * 1024
 PR_SET_PDEATHSIG = 1
+
+# Loaded here: in a forked child of a process with threads, loading a library can deadlock.
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class EmbeddedServer:
@@ -84,7 +88,14 @@ class EmbeddedServer:
         """
         binary = find_binary()
         self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._take_lock()
+        try:
+            lock = await self._take_lock()
+            await self._launch(binary, lock)
+        except BaseException:  # also when cancelled: a server that nobody waits for must not keep the directory
+            await self.stop()
+            raise
+
+    async def _launch(self, binary: str, lock: int) -> None:
         self._password = self._password or _password(self._dir / "password")
         ports_dir = self._dir / "ports"
         shutil.rmtree(ports_dir, ignore_errors=True)
@@ -100,6 +111,7 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=(lock,),  # held for as long as the child lives, even without us
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, nothing that could deadlock
                 start_new_session=True,  # a Ctrl-C is for the parent, which then stops us in order
             )
@@ -120,18 +132,18 @@ class EmbeddedServer:
             os.close(self._lock)
             self._lock = None
 
-    def _take_lock(self) -> None:
+    async def _take_lock(self) -> int:
         if self._lock is not None:
-            return
-        lock = os.open(self._dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise SetupError(
-                f"{self._dir} is in use by another penstock. Stop that one, or choose another folder with --home."
-            ) from error
-        self._lock = lock
+            return self._lock
+        self._lock = os.open(self._dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        until = time.monotonic() + LOCK_WAIT_S
+        while not _locked(self._lock):
+            if time.monotonic() > until:
+                raise SetupError(
+                    f"{self._dir} is in use by another penstock. Stop that one, or choose another folder with --home."
+                )
+            await asyncio.sleep(0.01)
+        return self._lock
 
     async def _wait_for_port(self, ports_dir: Path) -> int:
         assert self._process is not None  # noqa: S101 - for the type checker
@@ -144,7 +156,6 @@ class EmbeddedServer:
                 ports = msgspec.json.decode(ports_file.read_bytes())
                 return int(ports["nats"][0].rpartition(":")[2])
             await asyncio.sleep(0.002)
-        await self.stop()
         raise SetupError(f"nats-server did not start within {START_TIMEOUT_S:.0f} s: {_last_lines(self._log_file)}")
 
 
@@ -184,7 +195,7 @@ authorization {{
   password: "{password}"
 }}
 jetstream {{
-  store_dir: "{store_dir}"
+  store_dir: {_quoted(store_dir)}
   sync_interval: always
   max_memory_store: {settings.max_memory_store_bytes}
   max_file_store: {settings.max_file_store_bytes}
@@ -202,9 +213,8 @@ def die_with_parent() -> None:
 
     The signal is tied to the thread that forks, so children are started from the main thread.
     """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(ctypes.c_int(PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGTERM), 0, 0, 0)
+    if _libc is not None:
+        _libc.prctl(ctypes.c_int(PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGTERM), 0, 0, 0)
 
 
 def _from_wheel() -> str | None:
@@ -221,6 +231,20 @@ def _password(path: Path) -> str:
     if not path.exists():
         write_private(path, secrets.token_hex(24).encode())
     return path.read_text(encoding="ascii").strip()
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _quoted(path: Path) -> str:
+    """*path* as a string of NATS's configuration, whatever characters it has."""
+    escaped = str(path.absolute()).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _bound_log(path: Path) -> None:
