@@ -30,20 +30,28 @@ class Progress:
     usage: Usage | None = None
     finish_reason: str | None = None
     upstream_id: str | None = None
-    stop: Cancelled | HandedBack | None = None  # why the attempt's task was cancelled, if it was
+    entered: bool = False  # its task has begun to run: from here on cancelling it is heard
+    stop: Cancelled | HandedBack | None = None  # why it is to stop, if it is
 
 
 async def run_attempt(job: Job, *, provider: Provider, report: Reporter, progress: Progress) -> Outcome:
     """Runs one attempt of *job* and returns how it ended; *progress* is kept up to date for the receipt.
 
-    Sends: Started, then frames with seq 1, 2, … without gaps, the last one of them a last frame.
+    Sends, behind Started: frames with seq 1, 2, … without gaps, the last one of them a last frame.
     Raises: nothing of the provider's, its errors become an outcome. A cancelled task is the outcome ``progress.stop`` if that is
     set, and CancelledError if it isn't.
     """
-    report.started()
+    progress.entered = True
+    outcome = await _outcome(job, provider, report, progress) if progress.stop is None else progress.stop
+    report.ended(outcome)
+    return outcome
+
+
+async def _outcome(job: Job, provider: Provider, report: Reporter, progress: Progress) -> Outcome:
     outcome: Outcome
+    total = asyncio.timeout(job.timeouts.total_s)
     try:
-        async with asyncio.timeout(job.timeouts.total_s):
+        async with total:
             await _relay(job, provider, report, progress)
         if progress.finish_reason in NOT_AN_ANSWER:
             outcome = FailedOutcome(fault=ProviderFailed("The provider gave up in the middle of the answer."))
@@ -51,27 +59,30 @@ async def run_attempt(job: Job, *, provider: Provider, report: Reporter, progres
             outcome = Completed(usage=progress.usage, finish_reason=progress.finish_reason)
     except Fault as fault:
         outcome = FailedOutcome(fault=fault)
-    except TimeoutError:
-        outcome = FailedOutcome(fault=ProviderTimeout(f"The attempt took longer than {job.timeouts.total_s:g} s."))
     except asyncio.CancelledError:
-        if progress.stop is None:
-            raise
         task = asyncio.current_task()
-        if task is not None:
+        if task is not None and task.cancelling():
+            if progress.stop is None:
+                raise
             task.uncancel()
-        outcome = progress.stop
-    except Exception:
-        # A defect of ours in a provider must cost one request, not the worker.
-        log.exception("provider_broke", provider=provider.name, request_id=job.request_id)
-        outcome = FailedOutcome(fault=ProviderFailed("The provider adapter failed."))
-    report.ended(outcome)
-    return outcome
+        # Else nobody cancelled us: a provider let a cancellation of its own out.
+        outcome = FailedOutcome(fault=ProviderFailed("The provider adapter broke off."))
+    except Exception as error:
+        if isinstance(error, TimeoutError) and total.expired():
+            outcome = FailedOutcome(fault=ProviderTimeout(f"The attempt took longer than {job.timeouts.total_s:g} s."))
+        else:
+            # A defect of ours in a provider must cost one request, not the worker.
+            log.exception("provider_broke", provider=provider.name, request_id=job.request_id)
+            outcome = FailedOutcome(fault=ProviderFailed("The provider adapter failed."))
+    return progress.stop or outcome  # what a provider makes of being stopped is no fault of its own
 
 
 async def _relay(job: Job, provider: Provider, report: Reporter, progress: Progress) -> None:
     wait_us = 0
     async with aclosing(provider.generate(job)) as chunks:  # type: ignore[type-var]
         async for chunk in chunks:
+            if progress.stop is not None:
+                break  # a provider that goes on after it was cancelled
             if progress.first_chunk is None and chunk.members is not None:
                 progress.first_chunk = time.monotonic()
                 wait_us = int((progress.first_chunk - progress.began) * 1e6)

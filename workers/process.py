@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -14,7 +16,7 @@ import structlog
 from bus.connection import connect
 from bus.log import EventLog
 from bus.publisher import Publisher
-from schemas.errors import Fault
+from schemas.errors import PenstockError
 from schemas.ids import WorkerId
 from schemas.local import write_private
 from schemas.settings import ModelSettings, RouteSettings, Settings
@@ -56,9 +58,11 @@ async def run_worker(
         nats_settings=settings.nats,
         version=version,
     )
-    stop = asyncio.Event()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(
+            signal_number, lambda: stop_now.set() if stop.is_set() else stop.set()
+        )
     await worker.start()
     unnamed = [route for route in routes if not route.models]
     asked = [asyncio.Event() for _ in unnamed]
@@ -78,7 +82,7 @@ async def run_worker(
     await stop.wait()
     for asker in askers:
         asker.cancel()
-    await worker.drain()
+    await _unless(stop_now, worker.drain())
     for provider in opened.values():
         await provider.aclose()
     await publisher.stop()
@@ -94,12 +98,25 @@ async def _serve_when_named(worker: Worker, route: RouteSettings, provider: Prov
     while True:
         try:
             names = await provider.models()
-        except Fault as fault:
-            log.warning("models_not_told", route=route.id, error=fault.message, again_in_s=ASK_AGAIN_S)
+            models = tuple(ModelSettings(name=name) for name in names[:MODELS_MAX])
+            await worker.add(Route(route, provider, models))
+        except PenstockError as error:  # the provider can't be asked, or NATS is away at this very moment
+            log.warning("route_not_served", route=route.id, error=error.message, again_in_s=ASK_AGAIN_S)
+        else:
+            return
+        finally:
             asked.set()
-            await asyncio.sleep(ASK_AGAIN_S)
-            continue
-        models = tuple(ModelSettings(name=name) for name in names[:MODELS_MAX])
-        await worker.add(Route(route, provider, models))
-        asked.set()
-        return
+        await asyncio.sleep(ASK_AGAIN_S)
+
+
+async def _unless(stop_now: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Does *work*, or drops it when *stop_now* is set."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop_now.wait())
+    await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        working.result()
+    else:
+        log.warning("drain_cut_off")
+        working.cancel()
+    await asyncio.gather(working, stopping, return_exceptions=True)

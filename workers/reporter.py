@@ -2,18 +2,23 @@
 
 A chunk is never held back: it goes out in the event loop's next turn. What has come together by then, because the provider sent
 several at once or this process is busy, goes out as one frame; so the busier the worker, the fewer the frames.
+
+A frame that NATS wouldn't take would never arrive, however often it was asked for. So frames are bounded in bytes, and a single
+chunk that can't be carried is the provider's fault and ends the attempt.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import structlog
 from msgspec import Raw
 
 from bus.connection import BusUnavailable, Connection
 from schemas import codec, subjects
+from schemas.errors import ProviderNonsense
 from schemas.frames import NOT_TOLD, AnyFrame, Delta, Faulted, Finished, LastFrame, Started, Yielded
 from schemas.ids import Nonce, WorkerId
 from schemas.jobs import Cancelled, Completed, Failed, HandedBack, Job, Outcome
@@ -22,7 +27,11 @@ from workers.providers.base import Chunk
 log = structlog.get_logger()
 
 CHUNKS_PER_FRAME_MAX = 256
+FRAME_CHUNKS_BYTES_MAX = 1024 * 1024  # of the chunks that share a frame; a larger one has a frame of its own
+ENVELOPE_MAX_BYTES = 32 * 1024  # what a frame has besides its chunks
+USAGE_MAX_BYTES = 16 * 1024
 KEPT_REPORTS_MAX = 2048  # finished attempts whose frames can still be asked for
+KEPT_REPORTS_MAX_BYTES = 64 * 1024 * 1024
 KEPT_FOR_S = 2.0
 
 
@@ -49,13 +58,25 @@ class Reporter:
     def nonce(self) -> Nonce:
         return self._job.nonce
 
+    @property
+    def size(self) -> int:
+        """Bytes that are kept, or will be once they are sent."""
+        return self._kept_bytes + sum(memoryview(chunk).nbytes for chunk in self._chunks)
+
     def started(self) -> None:
         job = self._job
         frame = Started(request_id=job.request_id, epoch=job.epoch, seq=self._seq, worker=self._worker)
         self._outbox.put(self._subject, self._keep(frame))
 
     def chunk(self, chunk: Chunk, *, wait_us: int = 0) -> None:
-        """Takes a piece of the answer; *wait_us* is how long the provider took, on the first."""
+        """Takes a piece of the answer; *wait_us* is how long the provider took, on the first.
+
+        Raises: ProviderNonsense if it is larger than can be carried.
+        """
+        if len(chunk.members or b"") > self._outbox.frame_max_bytes - ENVELOPE_MAX_BYTES:
+            raise ProviderNonsense("The provider sent more at once than can be carried.")
+        if len(chunk.usage_raw or b"") > USAGE_MAX_BYTES:
+            raise ProviderNonsense("The provider's usage is too long.")
         if chunk.usage_raw is not None:
             self._usage_raw = chunk.usage_raw
         if wait_us:
@@ -72,6 +93,16 @@ class Reporter:
         self._last = outcome
         self._outbox.mark(self)
 
+    def repeat_last(self) -> None:
+        """Sends the last frame again: whoever misses one before it sees that, and asks for it."""
+        self.resend(self._seq - 1)
+
+    def broke(self) -> None:
+        """Ends the attempt with an error, for a report that can't be written."""
+        self._chunks.clear()
+        self._usage_raw = None
+        self.ended(Failed(fault=ProviderNonsense("The provider's answer can't be written down.")))
+
     def resend(self, from_seq: int) -> None:
         for seq, frame in self._kept.items():
             if seq >= from_seq:
@@ -80,8 +111,12 @@ class Reporter:
     def take(self) -> list[tuple[str, bytes]]:
         """The frames that are due now, encoded."""
         frames: list[bytes] = []
-        while len(self._chunks) > CHUNKS_PER_FRAME_MAX or (self._chunks and not isinstance(self._last, Completed)):
-            frames.append(self._keep(self._delta()))
+        while self._chunks:
+            chunks, rest = _frameful(self._chunks)
+            if not rest and isinstance(self._last, Completed):
+                break  # they go with the last frame
+            frames.append(self._keep(self._delta(chunks)))
+            self._chunks = rest
         if self._last is not None:
             last = self._last_frame(self._last)
             self._last = None
@@ -89,8 +124,7 @@ class Reporter:
                 frames.append(self._keep(last))
         return [(self._subject, frame) for frame in frames]
 
-    def _delta(self) -> Delta:
-        chunks, self._chunks = self._chunks[:CHUNKS_PER_FRAME_MAX], self._chunks[CHUNKS_PER_FRAME_MAX:]
+    def _delta(self, chunks: list[Raw]) -> Delta:
         return Delta(
             request_id=self._job.request_id,
             epoch=self._job.epoch,
@@ -152,6 +186,16 @@ class Reporter:
         return wait_us
 
 
+def _frameful(chunks: list[Raw]) -> tuple[list[Raw], list[Raw]]:
+    """The first of *chunks*, as many as one frame takes, and the rest."""
+    size = 0
+    for number, chunk in enumerate(chunks):
+        size += memoryview(chunk).nbytes
+        if number and (number == CHUNKS_PER_FRAME_MAX or size > FRAME_CHUNKS_BYTES_MAX):
+            return chunks[:number], chunks[number:]
+    return chunks, []
+
+
 class Outbox:
     """One sender for all the attempts of a worker: it runs once in a turn of the event loop, whoever has something to say."""
 
@@ -163,6 +207,11 @@ class Outbox:
         self._idle = asyncio.Event()
         self._idle.set()
         self._sender: asyncio.Task[None] | None = None
+
+    @property
+    def frame_max_bytes(self) -> int:
+        """What NATS takes as one message."""
+        return self._connection.max_payload
 
     def start(self) -> None:
         self._sender = asyncio.create_task(self._send(), name="outbox")
@@ -197,7 +246,11 @@ class Outbox:
             ready, self._ready = self._ready, []
             dirty, self._dirty = self._dirty, {}
             for reporter in dirty.values():
-                ready.extend(reporter.take())
+                try:
+                    ready.extend(reporter.take())
+                except Exception:  # one attempt that can't be told must not silence the others
+                    log.exception("report_broke")
+                    reporter.broke()
             for subject, frame in ready:
                 try:
                     await self._connection.say(subject, frame)
@@ -213,17 +266,24 @@ class KeptReports:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._reports: OrderedDict[Nonce, tuple[float, Reporter]] = OrderedDict()
+        self._reports: OrderedDict[Nonce, tuple[float, int, Reporter]] = OrderedDict()
+        self._bytes = 0
+
+    def __iter__(self) -> Iterator[Reporter]:
+        return iter([reporter for _, _, reporter in self._reports.values()])
 
     def add(self, reporter: Reporter) -> None:
-        now = self._loop.time()
-        self._reports[reporter.nonce] = (now + KEPT_FOR_S, reporter)
+        now, size = self._loop.time(), reporter.size
+        self._reports[reporter.nonce] = (now + KEPT_FOR_S, size, reporter)
+        self._bytes += size
         while self._reports:
-            nonce, (until, _) = next(iter(self._reports.items()))
-            if until > now and len(self._reports) <= KEPT_REPORTS_MAX:
+            nonce, (until, oldest, _) = next(iter(self._reports.items()))
+            within = len(self._reports) <= KEPT_REPORTS_MAX and self._bytes <= KEPT_REPORTS_MAX_BYTES
+            if until > now and within:
                 break
+            self._bytes -= oldest
             del self._reports[nonce]
 
     def get(self, nonce: Nonce) -> Reporter | None:
         found = self._reports.get(nonce)
-        return None if found is None else found[1]
+        return None if found is None else found[2]

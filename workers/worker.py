@@ -41,6 +41,8 @@ from workers.reporter import KeptReports, Outbox, Reporter
 
 log = structlog.get_logger()
 
+FLUSH_WAIT_S = 5.0
+
 NAK = b"-NAK"
 ACK = b""
 
@@ -108,14 +110,14 @@ class Worker:
             await self._connection.listen(subject, self._on_command)
         for route in self._routes.values():
             await self._open(route)
-        self._connection.on_reconnect(self.announce)
+        self._connection.on_reconnect(self._on_reconnect)
         self._beat = asyncio.create_task(self._announce_regularly(), name="presence")
         await self.announce()
 
     async def add(self, route: Route) -> None:
         """Begins to serve one more route. Raises: ApiError, BusUnavailable."""
-        self._routes[route.id] = route
         await self._open(route)
+        self._routes[route.id] = route
         await self.announce()
 
     async def drain(self) -> None:
@@ -129,7 +131,7 @@ class Worker:
             self._stop(running, HandedBack(reason="worker_draining"))
         await self._wait_idle(self._settings.drain_s)
         await self._outbox.stop()
-        await self._log.flush()
+        await self._flush_log()
         self._state = WorkerState.GONE
         await self.announce()
         if self._beat is not None:
@@ -182,18 +184,25 @@ class Worker:
             await self._answer(msg, b'-NAK {"delay": 1000000000}')
             self._grant(route)
             return
+        if job.nonce in self._running or self._kept.get(job.nonce) is not None:
+            # Delivered again because the ack was lost on its way: it is being done here, or was.
+            await self._answer(msg, ACK)
+            self._grant(route)
+            return
         if self._state is not WorkerState.SERVING or route.free <= 0:
             await self._answer(msg, NAK)
             return
         route.free -= 1
         progress = Progress()
         report = Reporter(job, self._outbox, worker=self.id, max_kept_bytes=self._settings.max_kept_bytes)
+        # Started and right behind it the ack: from Started on the ingress owns recovery, and only what was never started is
+        # delivered again. The other way round, a worker killed between the two would take the job with it.
+        report.started()
+        self._outbox.put(msg.reply, ACK)
         task = asyncio.create_task(self._serve(route, job, report, progress))
         # A callback and not the task's own finally: a task that is cancelled before its first step runs none of its body.
         task.add_done_callback(lambda _: self._free(route, job.nonce, report))
         self._running[job.nonce] = Running(task, progress, report)
-        # Acked at once: from Started on the ingress owns recovery, and only what was never started is delivered again.
-        await self._answer(msg, ACK)
 
     async def _serve(self, route: Route, job: Job, report: Reporter, progress: Progress) -> None:
         try:
@@ -201,6 +210,8 @@ class Worker:
             self._log.note(self._receipt(route, job, report, progress, outcome))
         except PenstockError as error:
             log.error("receipt_lost", request_id=job.request_id, epoch=job.epoch, error=error.message)
+        except Exception:
+            log.exception("receipt_broke", request_id=job.request_id, epoch=job.epoch)
 
     def _free(self, route: Route, nonce: Nonce, report: Reporter) -> None:
         del self._running[nonce]
@@ -258,7 +269,9 @@ class Worker:
     def _stop(self, running: Running, why: Cancelled | HandedBack) -> None:
         if running.progress.stop is None:
             running.progress.stop = why
-            running.task.cancel()
+            # One that hasn't begun sees it then, and says so; cancelled before its first step it would say nothing.
+            if running.progress.entered:
+                running.task.cancel()
 
     def _grant(self, route: Route) -> None:
         if self._state is WorkerState.SERVING and route.puller is not None:
@@ -269,6 +282,19 @@ class Worker:
             await self._connection.say(msg.reply, word)
         except BusUnavailable as error:
             log.warning("delivery_not_answered", error=error.message)  # it is delivered again after ack_wait
+
+    async def _on_reconnect(self) -> None:
+        """Frames may have been lost with the connection. The last one of an attempt would never be missed, so it is said again."""
+        await self.announce()
+        for report in (*(running.report for running in self._running.values()), *self._kept):
+            report.repeat_last()
+
+    async def _flush_log(self) -> None:
+        try:
+            async with asyncio.timeout(FLUSH_WAIT_S):
+                await self._log.flush()
+        except TimeoutError:
+            log.error("receipts_not_recorded_in_time", waiting=self._log.waiting)
 
     async def _wait_idle(self, timeout_s: float) -> None:
         tasks = [running.task for running in self._running.values()]
