@@ -98,7 +98,10 @@ def parse(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any
             "Only queries can run here: SELECT, WITH … SELECT, FROM, VALUES, DESCRIBE, SUMMARIZE or SHOW TABLES."
         )
     row = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [sql]).fetchone()
-    tree: dict[str, Any] = msgspec.json.decode(row[0]) if row else {"error": True}
+    try:
+        tree: dict[str, Any] = msgspec.json.decode(row[0]) if row else {"error": True}
+    except RecursionError as error:
+        raise SqlRefused("This query is nested too deeply.") from error
     if tree["error"]:
         raise SqlRefused(
             f"This statement can't be checked, so it can't run here: {tree.get('error_message', 'no tree')}"

@@ -1,0 +1,92 @@
+"""The story of a request."""
+
+from __future__ import annotations
+
+from ledger.explain import as_json, clock, tell
+from schemas.ids import RequestId
+from schemas.money import Price, Usage
+from schemas.upcasters import UnknownEvent
+from tests.unit.ledger import samples
+
+ID = RequestId(samples.uuid(1))
+
+
+def test_a_request_that_went_well_is_told_in_order() -> None:
+    life = tell(ID, samples.whole())
+    assert life.summary == "completed, HTTP 200, 20 prompt + 10 completion tokens (4 cached), $0.000008700000"
+    assert [moment.kind for moment in life.moments] == [
+        "request.accepted",
+        "attempt.started",
+        "attempt.finished",
+        "request.finished",
+    ]
+    assert [moment.offset_ms for moment in life.moments] == [0, 2, 42, 45]
+    assert "plan r1 → r2; $0.15 in, $0.6 out per million tokens" in life.moments[0].text
+    assert "after 2.0 ms in the queue" in life.moments[1].text
+    assert "reported 20 prompt + 10 completion tokens (4 cached); first token after 5.0 ms" in life.moments[2].text
+    assert "1 attempt; first token after 7.5 ms; took 45.0 ms; finish reason stop" in life.moments[3].text
+
+
+def test_a_cause_comes_before_its_effect_whatever_the_clocks_say() -> None:
+    """A worker's clock may run behind the ingress's."""
+    events = [samples.accepted(), samples.started(), samples.receipt(ts_ns=samples.NOON_NS - 5), samples.finished()]
+    kinds = [moment.kind for moment in tell(ID, events).moments]
+    assert kinds == ["request.accepted", "attempt.started", "attempt.finished", "request.finished"]
+
+
+def test_each_attempt_is_told_on_its_own() -> None:
+    events = [
+        samples.accepted(),
+        samples.started(epoch=1),
+        samples.started(epoch=2, worker="worker-2"),
+        samples.receipt(epoch=2, worker="worker-2"),
+        samples.lost(epoch=1),
+        samples.finished(attempts=2, migrations=1),
+    ]
+    texts = [moment.text for moment in tell(ID, events).moments]
+    assert texts[1].startswith("attempt 1 started")
+    assert texts[2] == "attempt 1 given up: worker_lost (worker-1 on r1)"
+    assert texts[3].startswith("attempt 2 started at worker-2")
+    assert "2 attempts; moved 1 times" in texts[5]
+
+
+def test_a_rejected_request_has_its_reason() -> None:
+    life = tell(ID, [samples.rejected(key_id=None, model=None, code="invalid_api_key", http_status=401)])
+    assert life.summary == "rejected, HTTP 401, invalid_api_key"
+    assert life.moments[0].text == "rejected with 401 invalid_api_key, no known key"
+
+
+def test_a_failure_has_its_code() -> None:
+    failed = samples.receipt(outcome="failed", code="upstream_error", upstream_status=500, usage=None, tokens_sent=3)
+    life = tell(ID, [failed, samples.finished(status="failed", http_status=502, code="upstream_error", estimated=True)])
+    assert "attempt 1 failed (upstream_error) at worker-1; openai as theirs, HTTP 500" in life.moments[0].text
+    assert "no usage reported, 3 tokens sent" in life.moments[0].text
+    assert "failed (upstream_error) with HTTP 502" in life.moments[1].text
+    assert "(estimated)" in life.moments[1].text
+
+
+def test_a_request_under_way_is_open() -> None:
+    assert tell(ID, [samples.accepted(price=Price())]).summary.startswith("open")
+    assert "; free" in tell(ID, [samples.accepted(price=Price())]).moments[0].text
+
+
+def test_an_event_of_a_newer_release_is_mentioned() -> None:
+    unknown = UnknownEvent(kind="stream.migrated", v=1, members={"producer": "ingress-9"})
+    assert tell(ID, [samples.accepted(), unknown]).moments[-1].kind == "stream.migrated"
+
+
+def test_every_class_of_tokens_is_told_once() -> None:
+    usage = Usage(prompt_tokens=9, completion_tokens=8, cached_tokens=1, reasoning_tokens=2, audio_prompt_tokens=3)
+    assert "9 prompt + 8 completion tokens (1 cached, 2 reasoning, 3 audio)" in tell(ID, [samples.finished(usage=usage)]).summary
+
+
+def test_the_json_has_the_story_and_the_events() -> None:
+    life = tell(ID, [samples.accepted()])
+    told = as_json(life, ["raw"])
+    assert told["completion_id"] == "chatcmpl-" + ID.replace("-", "")
+    assert told["moments"][0]["at"] == "2026-11-20T12:00:00.100000Z"
+    assert told["events"] == ["raw"]
+
+
+def test_times_keep_their_microseconds() -> None:
+    assert clock(samples.NOON_NS + 1_999) == "2026-11-20 12:00:00.000001"
