@@ -22,6 +22,7 @@ from tests.waiting import eventually
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 40.0
+LOG_SHOWN_CHARS = 4000
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 pytestmark = [pytest.mark.conformance, pytest.mark.timeout(300)]
@@ -39,8 +40,11 @@ class Running:
 
     def ready(self) -> dict[str, Any]:
         if self.process.poll() is not None:
-            pytest.fail((self.folder / "up.log").read_text(errors="replace"))
+            pytest.fail(self.log())
         return json.loads((self.folder / "ready.json").read_bytes())  # type: ignore[no-any-return]
+
+    def log(self) -> str:
+        return (self.folder / "up.log").read_text(encoding="utf-8", errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +89,10 @@ def test_the_models_that_the_suite_asks_for_are_found(source: Path) -> None:
     assert {"gpt-6-astra", "ft:gpt-4o-mini:acemeco:suffix:abc123"} <= set(suite.models_asked_for(source))
 
 
-async def test_openai_pythons_own_tests_of_chat_and_models_pass(source: Path, base_url: str) -> None:
+async def test_openai_pythons_own_tests_of_chat_and_models_pass(source: Path, up: Running, base_url: str) -> None:
     verdict = suite.run(source, base_url=base_url)
-    assert verdict.is_clean, f"{verdict.failed} failed, {verdict.skipped} were skipped:\n{verdict.output}"
+    counts = f"{verdict.failed} failed, {verdict.skipped} were skipped"
+    assert verdict.is_clean, f"{counts}:\n{verdict.output}\nThe server's log ends:\n{up.log()[-LOG_SHOWN_CHARS:]}"
 
 
 async def test_every_operation_of_the_document_exists(base_url: str) -> None:
@@ -103,7 +108,7 @@ async def test_every_operation_of_the_document_exists(base_url: str) -> None:
 
 async def test_nothing_of_this_was_worth_a_warning(up: Running, base_url: str) -> None:
     """Last in this file: the log of a normal run, clients that leave early included, has no warning and no error."""
-    log = (up.folder / "up.log").read_text(encoding="utf-8")
+    log = up.log()
     events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert events, log
     assert [event for event in events if event["level"] in ("warning", "error", "critical")] == []
