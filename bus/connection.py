@@ -11,7 +11,7 @@ import msgspec
 import nats
 import nats.errors
 import structlog
-from nats.aio.client import Client
+from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg as Message
 from nats.aio.subscription import Subscription
 
@@ -65,7 +65,19 @@ class MessageTooLarge(PenstockError):
 
 
 class _Client(Client):
-    """nats-py closes a connection for good when its server says ``-ERR``, whatever it says; this one reconnects."""
+    """nats-py, but for two things that it does.
+
+    It closes a connection for good when its server says ``-ERR``, whatever it says; this one reconnects. And it writes a PING
+    ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind.
+    """
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        if not self.is_connected:
+            await super()._send_ping(future)
+            return
+        self._pongs.append(future or asyncio.get_running_loop().create_future())
+        await self._send_command(PING_PROTO)
+        await self._flush_pending()
 
     async def _process_err(self, err_msg: str) -> None:
         if any(word in err_msg for word in KEEPS_CONNECTION):

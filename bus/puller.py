@@ -1,8 +1,13 @@
 """Credit-based pull: never asks a consumer for more messages than it was granted, and re-arms itself.
 
-nats-py's ``fetch`` stalls for its whole time-out over a reconnect and leaves pulls behind when it is cancelled. Here each
-pull request has a reply subject of its own, so that whatever becomes of it (messages, expiry, a deleted consumer, a
-server that went away) gives its unused credit back, and the credit is asked for again.
+nats-py's ``fetch`` stalls for its whole time-out over a reconnect and leaves pulls behind when it is cancelled. Here a pull
+that comes to nothing (it expired, the consumer was deleted, a server went away) gives its unused credit back, and the
+credit is asked for again.
+
+A message doesn't say which pull it answers: its subject is its own, not the inbox. So the accounts are kept in totals. What
+is asked for and has not come is *asked*; a message takes one from it, and an expiry says itself how many it takes. A pull
+that ended without a word would be missing from then on; so all are given up and asked anew now and then, and at once when
+nothing at all was heard for longer than a pull lives.
 
 A pull outlives a connection: the server serves it again once its inbox is there. So after a reconnect the puller moves to a
 new inbox, and the old one is given up before anything is asked anew; what came to it until then still counts.
@@ -26,20 +31,16 @@ log = structlog.get_logger()
 
 EXPIRES_S = 10.0  # how long the server keeps a pull that nothing came for
 LAPSE_GRACE_S = 2.0
+REFRESH_EVERY_S = 60.0
+LOOK_EVERY_S = 2.0
 RETRY_WAIT_S = 0.1
 PENDING_BYTES_MAX = 256 * 1024 * 1024
+HEARTBEAT = "100"
+UNUSED = "Nats-Pending-Messages"  # how many of a pull's messages did not come
 JUST_EXPIRED = ("404", "408")  # any other status: the consumer or JetStream itself is gone, has changed or refuses
 
 OnMessage = Callable[[Msg], Awaitable[None]]
 Ensure = Callable[[], Awaitable[str]]
-
-
-class _Pull:
-    __slots__ = ("deadline", "left")
-
-    def __init__(self, left: int, deadline: float) -> None:
-        self.left = left
-        self.deadline = deadline
 
 
 class Puller:
@@ -66,8 +67,10 @@ class Puller:
         self._expires_s = expires_s
         self._inbox = ""
         self._numbers = count()
-        self._pulls: dict[str, _Pull] = {}
-        self._credit = 0  # granted and not asked for; less than none after messages for pulls that were given up
+        self._credit = 0  # granted and not come
+        self._asked = 0  # of these, asked for at the server
+        self._heard_at = 0.0
+        self._refresh_at = 0.0
         self._consumer: str | None = None
         self._subscriptions: list[Subscription] = []  # the last one is ours, any others are being given up
         self._move = False
@@ -110,15 +113,14 @@ class Puller:
         self.renew()
 
     async def _run(self) -> None:
-        """Turns credit into pull requests; wakes for new credit and for pulls that lapsed without a word."""
-        look_at = self._loop.time() + LAPSE_GRACE_S
+        """Turns credit into pull requests; wakes for new credit, and to see whether pulls were lost."""
+        self._heard_at = self._loop.time()
+        self._refresh_at = self._heard_at + REFRESH_EVERY_S
         while True:
-            await self._woken(look_at)
-            if self._loop.time() >= look_at:
-                self._reclaim_lapsed()
-                look_at = self._loop.time() + LAPSE_GRACE_S
+            await self._woken(self._loop.time() + LOOK_EVERY_S)
             if not self._connection.is_up:
                 continue
+            self._look()
             try:
                 await self._next()
             except (PenstockError, nats.errors.Error) as error:
@@ -128,6 +130,15 @@ class Puller:
                 self._refused = False
                 await asyncio.sleep(RETRY_WAIT_S)
                 self._wake.set()
+
+    def _look(self) -> None:
+        """Gives all pulls up when none can be alive any more, or when it is time to count anew."""
+        now = self._loop.time()
+        silent = self._asked > 0 and now - self._heard_at > self._expires_s + LAPSE_GRACE_S
+        if silent or now > self._refresh_at:
+            self._refresh_at = now + REFRESH_EVERY_S
+            self._heard_at = now
+            self._move = True
 
     async def _woken(self, until: float) -> None:
         timer = self._loop.call_at(until, self._wake.set)
@@ -141,7 +152,7 @@ class Puller:
         if self._move:
             self._move = False
             await self._change_inbox()
-        if self._credit <= 0 or self._refused:
+        if self._credit <= self._asked or self._refused:
             return
         if self._consumer is None:
             self._consumer = await self._ensure()
@@ -154,9 +165,7 @@ class Puller:
         while len(self._subscriptions) > 1:
             await self._connection.settle(self._subscriptions[0])
             del self._subscriptions[0]
-        left = sum(pull.left for pull in self._pulls.values())
-        self._pulls.clear()
-        self._credit += left
+        self._asked = 0
 
     async def _subscribe(self) -> None:
         self._inbox = self._connection.nc.new_inbox()
@@ -166,39 +175,32 @@ class Puller:
         self._subscriptions.append(subscription)
 
     async def _ask(self) -> None:
-        number, batch = str(next(self._numbers)), self._credit
-        self._pulls[number] = _Pull(batch, self._loop.time() + self._expires_s + LAPSE_GRACE_S)
-        self._credit = 0
+        batch = self._credit - self._asked
+        if self._asked == 0:
+            self._heard_at = self._loop.time()
+        self._asked += batch
         try:
             await self._connection.nc.publish(
                 f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}",
                 b'{"batch":%d,"expires":%d}' % (batch, int(self._expires_s * 1000) * 1_000_000),
-                reply=f"{self._inbox}.{number}",
+                reply=f"{self._inbox}.{next(self._numbers)}",
             )
         except nats.errors.Error:
-            self._credit += self._pulls.pop(number).left
+            self._asked -= batch
             raise
 
     async def _on_reply(self, msg: Msg) -> None:
-        number = msg.subject.rpartition(".")[2]
-        pull = self._pulls.get(number)
+        self._heard_at = self._loop.time()
         status = msg.headers.get("Status") if msg.headers else None
         if status is None:
-            if pull is None:
-                self._credit -= 1  # its pull was given up and its credit was taken back too early
-            else:
-                pull.left -= 1
-                if pull.left == 0:
-                    del self._pulls[number]
+            self._credit -= 1
+            self._asked = max(0, self._asked - 1)
             await self._on_message(msg)
-        elif status != "100" and pull is not None:
-            del self._pulls[number]
-            if status not in JUST_EXPIRED:
-                self._consumer = None
-                self._refused = True
-            self.grant(pull.left)
-
-    def _reclaim_lapsed(self) -> None:
-        now = self._loop.time()
-        for number in [n for n, pull in self._pulls.items() if now > pull.deadline]:
-            self.grant(self._pulls.pop(number).left)
+        elif not msg.subject.startswith(self._inbox):
+            pass  # the last word on a pull that was given up
+        elif status in JUST_EXPIRED:
+            self._asked = max(0, self._asked - int((msg.headers or {}).get(UNUSED, "0")))
+            self._wake.set()
+        elif status != HEARTBEAT:
+            self._refused = True
+            self.renew()
