@@ -26,7 +26,7 @@ API_TIMEOUT_S = 5.0
 CONNECT_WAIT_S = 30.0
 PING_EVERY_S = 5.0  # a server that doesn't answer two of them is given up: a cut cable says nothing
 PINGS_UNANSWERED_MAX = 2
-SETTLE_TIMEOUT_S = 2.0
+SETTLE_TIMEOUT_S = 1.0
 
 KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py handles as it should
 
