@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Raw
 
-from schemas.ids import IngressId, KeyId, Nonce, OrgId, RequestId, RouteId
+from schemas.events import RequestRejected
+from schemas.ids import EventId, IngressId, KeyId, Nonce, OrgId, RequestId, RouteId, new_id, new_nonce
 from schemas.jobs import Job, Timeouts
 
 
@@ -33,3 +35,22 @@ def make_job(body: Mapping[str, Any] | bytes | None = None, **changes: Any) -> J
         "body": Raw(body),
     }
     return Job(**{**usual, **changes})
+
+
+def new_job(body: Mapping[str, Any] | bytes | None = None, **changes: Any) -> Job:
+    """A job that nobody has seen before."""
+    return make_job(body, **{"request_id": RequestId(new_id()), "nonce": new_nonce(), **changes})
+
+
+def make_event(**changes: Any) -> RequestRejected:
+    """An event that nobody has seen before, of the smallest kind."""
+    usual = {
+        "id": EventId(new_id()),
+        "ts_ns": time.time_ns(),
+        "org": OrgId("org"),
+        "request_id": RequestId(new_id()),
+        "producer": "test",
+        "code": "no_live_route",
+        "http_status": 503,
+    }
+    return RequestRejected(**{**usual, **changes})
