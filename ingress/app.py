@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 
 import msgspec
@@ -121,7 +122,7 @@ class Health:
 
 
 async def api_description(_: Request) -> Response:
-    return _json(openapi.document())
+    return _json(openapi.document(version=importlib.metadata.version("penstock")))
 
 
 async def _on_error(_: Request, error: Exception) -> Response:
@@ -136,7 +137,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     """The router's own errors, in OpenAI's shape like all others."""
     assert isinstance(error, HTTPException)  # noqa: S101 - for the type checker
     if error.status_code == METHOD_NOT_ALLOWED:
-        return await _on_error(request, MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}."))
+        answer = await _on_error(request, MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}."))
+        answer.headers.update(error.headers or {})  # Allow
+        return answer
     return await _on_error(request, NotFound(f"There is nothing at {request.method} {request.url.path}."))
 
 

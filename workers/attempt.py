@@ -79,7 +79,7 @@ async def _outcome(job: Job, provider: Provider, report: Reporter, progress: Pro
 
 async def _relay(job: Job, provider: Provider, report: Reporter, progress: Progress) -> None:
     wait_us = 0
-    async with aclosing(provider.generate(job)) as chunks:  # type: ignore[type-var]
+    async with aclosing(provider.generate(job)) as chunks:
         async for chunk in chunks:
             if progress.stop is not None:
                 break  # a provider that goes on after it was cancelled

@@ -6,16 +6,16 @@ closing the iterator) must stop the work down to the provider's connection.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
 from typing import Protocol
+
+from msgspec import Struct
 
 from schemas.jobs import Job
 from schemas.money import Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True, gc=False):
     """A piece of an answer.
 
     *members* is a raw JSON object as schemas/frames.py describes it (``choices`` and the provider's further members,
@@ -45,7 +45,7 @@ class Provider(Protocol):
         """What the provider calls the public name *model*."""
         ...
 
-    def generate(self, job: Job) -> AsyncIterator[Chunk]:
+    def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
         """Raises: a subclass of schemas.errors.Fault when the provider can't; nothing else of the provider's."""
         ...
 
