@@ -15,14 +15,14 @@ import structlog
 
 from bus.control import ControlFeed
 from ingress.auth import hash_key, hint_of
+from schemas.admin import DEFAULT_ORG
 from schemas.control import KeyStated, OrgStated, PublicModel, Role, RouteStated
 from schemas.errors import Conflict
-from schemas.ids import EventId, KeyId, OrgId, RouteId, new_id
+from schemas.ids import EventId, KeyId, RouteId, new_id
 from schemas.settings import RouteSettings, secret
 
 log = structlog.get_logger()
 
-DEFAULT_ORG = OrgId("default")
 BY_SETUP = "setup"
 CONFLICTS_MAX = 10
 GIVEN_KEYS = (("PENSTOCK_ADMIN_KEY", Role.ADMIN), ("PENSTOCK_API_KEY", Role.CLIENT))
