@@ -33,17 +33,23 @@ class Answer(Protocol):
 
     async def fail(self, problem: Problem) -> None: ...
 
+    def cut(self) -> None:
+        """Ends the connection without another word."""
+
 
 class StreamedAnswer:
     """Server-sent events, exactly as the API writes them."""
 
-    def __init__(self, send: Send, writer: EventWriter, *, headers: MakeHeaders, include_usage: bool) -> None:
+    def __init__(
+        self, send: Send, writer: EventWriter, *, headers: MakeHeaders, include_usage: bool, cut: Callable[[], None]
+    ) -> None:
         self.began = False
         self.delivered = False
         self._send = send
         self._writer = writer
         self._headers = headers
         self._include_usage = include_usage
+        self.cut = cut
 
     async def deliver(self, chunks: Sequence[Raw]) -> None:
         await self._write(self._events(chunks))
@@ -87,7 +93,16 @@ class StreamedAnswer:
 class WholeAnswer:
     """One JSON body."""
 
-    def __init__(self, send: Send, request_id: RequestId, *, created: int, model: str, headers: MakeHeaders) -> None:
+    def __init__(
+        self,
+        send: Send,
+        request_id: RequestId,
+        *,
+        created: int,
+        model: str,
+        headers: MakeHeaders,
+        cut: Callable[[], None],
+    ) -> None:
         self.began = False
         self.delivered = False
         self._send = send
@@ -96,6 +111,7 @@ class WholeAnswer:
         self._model = model
         self._headers = headers
         self._members: Raw | None = None
+        self.cut = cut
 
     async def deliver(self, chunks: Sequence[Raw]) -> None:
         if chunks:
@@ -116,11 +132,16 @@ class WholeAnswer:
         await send_problem(self._send, problem, self._headers())
 
 
-async def send_problem(send: Send, problem: Problem, headers: Headers) -> None:
-    await send_body(send, problem.status, problem.body, [*headers, *problem.headers])
+async def send_problem(send: Send, problem: Problem, headers: Headers, *, more: bool = False) -> None:
+    await send_body(send, problem.status, problem.body, [*headers, *problem.headers], more=more)
 
 
-async def send_body(send: Send, status: int, body: bytes, headers: Headers) -> None:
+async def send_body(send: Send, status: int, body: bytes, headers: Headers, *, more: bool = False) -> None:
+    """All of *body*; with *more*, its end as HTTP sees it is still to come: `end_body`."""
     start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
     await send({"type": "http.response.start", "status": status, "headers": start})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def end_body(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

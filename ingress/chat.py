@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
 from bus.control import ControlFeed
-from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, send_problem
+from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, end_body, send_problem
 from ingress.auth import authenticate
 from ingress.exchange import RECORD_FAILURE_WAIT_S, Arrival, Exchange, Services
 from ingress.fleet import Fleet
 from ingress.policy.routing import plan
-from ingress.problems import CLIENT_LEFT_STATUS, problem_of
+from ingress.problems import CLIENT_LEFT_STATUS, Problem, problem_of
+from ingress.protocol import cut_of
 from ingress.sse import EventWriter
 from schemas.chat import ChatRequest, decode_request
 from schemas.control import KeyStated
@@ -34,6 +37,8 @@ from schemas.ids import EventId, OrgId, RequestId, new_id
 from schemas.settings import IngressSettings
 
 log = structlog.get_logger()
+
+DRAIN_S = 2.0
 
 
 class ClientLeftError(PenstockError):
@@ -69,13 +74,14 @@ class ChatCompletions:
             try:
                 exchange, request = await self._admit(visit, scope, receive)
             except PenstockError as error:
-                await self._reject(error, visit, send)
+                await self._reject(error, visit, receive, send)
             except Exception:
                 # A defect of ours costs one request, and is told in the API's shape like every other error.
                 log.exception("admission_broke", request_id=visit.arrival.request_id)
-                await self._reject(PenstockError(), visit, send)
+                await self._reject(PenstockError(), visit, receive, send)
             else:
-                await exchange.run(_answer(send, visit.arrival, request, exchange), receive)
+                cut = cut_of(scope.get("state", {}))
+                await exchange.run(_answer(send, visit.arrival, request, exchange, cut), receive)
         finally:
             self._running -= 1
 
@@ -137,7 +143,7 @@ class ChatCompletions:
                 f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
             ) from error
 
-    async def _reject(self, error: PenstockError, visit: Visit, send: Send) -> None:
+    async def _reject(self, error: PenstockError, visit: Visit, receive: Receive, send: Send) -> None:
         """Records why, then says why."""
         problem = problem_of(error)
         left = isinstance(error, ClientLeftError)
@@ -160,10 +166,32 @@ class ChatCompletions:
         except LogUnavailable as unavailable:
             log.error("rejection_not_recorded_in_time", code=error.code, error=unavailable.message)
         if not left:
-            headers: Headers = [(b"x-request-id", visit.arrival.request_id.encode())]
-            if isinstance(error, BodyTooLarge | RequestTimeout):
-                headers.append((b"connection", b"close"))  # the rest of the body is not read
-            await send_problem(send, problem, headers)
+            await self._tell(error, problem, visit, receive, send)
+
+    async def _tell(self, error: PenstockError, problem: Problem, visit: Visit, receive: Receive, send: Send) -> None:
+        headers: Headers = [(b"x-request-id", visit.arrival.request_id.encode())]
+        match error:
+            case BodyTooLarge():
+                await send_problem(send, problem, [*headers, (b"connection", b"close")], more=True)
+                await _drain(receive)
+                await end_body(send)
+            case RequestTimeout():
+                await send_problem(send, problem, [*headers, (b"connection", b"close")])
+            case MethodNotAllowed():
+                await send_problem(send, problem, [*headers, (b"allow", b"POST")])
+            case _:
+                await send_problem(send, problem, headers)
+
+
+async def _drain(receive: Receive) -> None:
+    """Reads what still comes of a body that is refused, for `DRAIN_S` at most.
+
+    To close with something unread resets the connection, and a client that is still writing would never read why.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
 
 
 def prompt_hash(org: OrgId, messages: bytes) -> str:
@@ -171,7 +199,7 @@ def prompt_hash(org: OrgId, messages: bytes) -> str:
     return hashlib.sha256(org.encode() + b"\0" + messages).hexdigest()
 
 
-def _answer(send: Send, arrival: Arrival, request: ChatRequest, exchange: Exchange) -> Answer:
+def _answer(send: Send, arrival: Arrival, request: ChatRequest, exchange: Exchange, cut: Callable[[], None]) -> Answer:
     created = arrival.ns // 1_000_000_000
 
     def headers() -> Headers:
@@ -184,7 +212,7 @@ def _answer(send: Send, arrival: Arrival, request: ChatRequest, exchange: Exchan
         ]
 
     if not request.stream:
-        return WholeAnswer(send, arrival.request_id, created=created, model=request.model, headers=headers)
+        return WholeAnswer(send, arrival.request_id, created=created, model=request.model, headers=headers, cut=cut)
     writer = EventWriter(
         arrival.request_id,
         created=created,
@@ -192,7 +220,7 @@ def _answer(send: Send, arrival: Arrival, request: ChatRequest, exchange: Exchan
         include_usage=request.include_usage,
         obfuscate=request.include_obfuscation,
     )
-    return StreamedAnswer(send, writer, headers=headers, include_usage=request.include_usage)
+    return StreamedAnswer(send, writer, headers=headers, include_usage=request.include_usage, cut=cut)
 
 
 def _content_length(headers: list[tuple[bytes, bytes]]) -> int:

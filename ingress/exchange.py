@@ -136,17 +136,17 @@ class Exchange:
         self._first_token_us: int | None = None
         self._tokens = 0
         self._answer: Answer
+        self._limit: asyncio.Timeout
 
     async def run(self, answer: Answer, receive: Receive) -> None:
         """Serves the request on *answer*. Watches *receive* for the client's leaving all the while."""
         self._answer = answer
         listener = asyncio.create_task(self._listen(receive))
         try:
-            async with asyncio.timeout_at(self._arrival.at + self._s.timeouts.total_s):
+            async with asyncio.timeout_at(self._arrival.at + self._s.timeouts.total_s) as self._limit:
                 ending = await self._attempts()
         except TimeoutError:
-            self._stop("total_timeout")
-            ending = Broke(TotalTimeout())
+            ending = self._given_up()
         except asyncio.CancelledError:
             # The process stops and will wait no longer: the books are closed all the same.
             self._stop("ingress_stopping")
@@ -160,6 +160,16 @@ class Exchange:
         finally:
             listener.cancel()
         await self._close(ending)
+
+    def _give_up(self) -> None:
+        """The client reads too slowly. We may be stuck in writing to it, so this is cut off as the total time-out is."""
+        if not self._limit.expired():
+            self._limit.reschedule(self._loop.time())
+
+    def _given_up(self) -> Ending:
+        gone = None if self._relay is None else self._relay.gone
+        self._stop(gone or "total_timeout")
+        return Broke(TotalTimeout()) if gone is None else Left(gone)
 
     @staticmethod
     def _uncancel() -> None:
@@ -180,10 +190,13 @@ class Exchange:
     async def _attempt(self, epoch: int) -> Ending | Again:
         """One attempt: publish, then hand on what comes until something ends it."""
         self._worker, self._started_at, self._job_seq = None, None, None
-        self._relay = relay = self._s.switchboard.open(new_nonce())
+        self._tokens, self._first_token_us = 0, None  # nothing of an earlier attempt was delivered
+        self._relay = relay = self._s.switchboard.open(new_nonce(), on_overflow=self._give_up)
         try:
             return await self._follow(relay, epoch)
         except (WorkerLost, BacklogFull) as error:
+            if relay.gone is not None:
+                return Left(relay.gone)
             if isinstance(error, BacklogFull) or self._answer.delivered:
                 return Broke(error)
             self._note_lost(epoch, error)
@@ -264,7 +277,7 @@ class Exchange:
             case Broke(cause):
                 await self._answer.fail(problem_of(cause))
             case Left():
-                pass
+                self._answer.cut()
 
     async def _record(self, ending: Ending) -> None:
         """Raises: LogUnavailable if the event isn't durable in time."""
@@ -320,7 +333,7 @@ class Exchange:
         Nothing if its work never began, or failed before it gave anything. A client that *left* pays for the prompt that a
         worker had begun, and for what was delivered.
         """
-        began = self._started_at is not None if left else self._first_token_us is not None
+        began = self._started_at is not None if left else self._answer.delivered and self._tokens > 0
         return self._estimate() if began else Usage()
 
     def _estimate(self) -> Usage:

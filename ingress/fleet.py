@@ -37,7 +37,7 @@ class Fleet:
 
     async def start(self) -> None:
         await self._connection.listen(subjects.ALL_PRESENCE, self._on_presence)
-        self._connection.on_reconnect(self._ask)
+        self._connection.on_reconnect(self._on_reconnect)
         self._sweeper = asyncio.create_task(self._sweep(), name="fleet-sweep")
         await self._ask()
 
@@ -61,6 +61,12 @@ class Fleet:
 
     def workers(self) -> list[Presence]:
         return [presence for presence, _ in self._heard.values()]
+
+    async def _on_reconnect(self) -> None:
+        """What was not heard while the connection was away is no silence: everybody has their full time again."""
+        now = self._loop.time()
+        self._heard = {worker: (presence, now) for worker, (presence, _) in self._heard.items()}
+        await self._ask()
 
     async def _ask(self) -> None:
         """Asks all workers to announce themselves, instead of waiting for their next beat."""

@@ -1,18 +1,32 @@
-"""uvicorn's HTTP protocol with the bounds it lacks: of the header's size and of the time it may take.
+"""uvicorn's HTTP protocol with the bounds it lacks: of the header's size and time, and of how long a client may read nothing.
 
 llhttp takes headers of any length, and uvicorn's keep-alive timer does not run before a connection's first request or
-while a header is half sent; a client that sends nothing, or one byte a minute, would hold its connection for ever.
+while a header is half sent; a client that sends nothing, or one byte a minute, would hold its connection for ever. So would
+one that stops reading: what is sent to it waits for room in its socket, and never returns.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ingress.problems import error_body
+from schemas.ids import new_id
 from schemas.settings import IngressSettings
+
+CUT = "penstock.cut"  # in the scope's state: a function that ends the connection now, whatever has not been sent yet
+WRITE_TIMEOUT_S = 60.0  # for 48 KiB of what is sent to a client to be read by it
+
+_UPGRADE_HEADERS = frozenset({b"connection", b"upgrade", b"http2-settings"})
+_ERROR_TYPE = "invalid_request_error"
+
+
+class HeadersTooLargeError(Exception):
+    """Stops the parser."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -21,10 +35,14 @@ class BoundedProtocol(HttpToolsProtocol):
     max_header_bytes: ClassVar[int]
     header_timeout_s: ClassVar[float]
     max_connections: ClassVar[int]
+    write_timeout_s: ClassVar[float] = WRITE_TIMEOUT_S
 
-    _header_bytes = 0
+    _header_bytes = 0  # of what the parser told of
+    _raw_bytes = 0  # of what came while the header was not complete
     _in_header = True
+    _deaf = False  # a running answer may end; what comes is not read any more
     _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -34,53 +52,133 @@ class BoundedProtocol(HttpToolsProtocol):
         self._header_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._stop_header_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._in_header:
-            self._header_bytes += len(data)
-        super().data_received(data)
-        if self._in_header and self._header_bytes > self.max_header_bytes and not self.transport.is_closing():
-            self._refuse(
-                b"431 Request Header Fields Too Large",
-                f"The request's headers are over the limit of {self.max_header_bytes} bytes.",
-                code="headers_too_large",
-            )
+        """In place of uvicorn's: its refusals are plain text, and each of them is a warning in the log."""
+        if self._deaf or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        was_in_header = self._in_header
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, HeadersTooLargeError):
+                self._refuse_header()
+            else:
+                self._refuse(b"400 Bad Request", "This is not a valid HTTP/1.1 request.", code="invalid_http")
+        else:
+            self._raw_bytes += len(data) if was_in_header and self._in_header else 0
+            if self._raw_bytes > self.max_header_bytes:
+                self._refuse_header()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Reads the request again as if it had not offered another protocol, which a server may.
+
+        The parser takes what follows such an offer for that other protocol's and skips the body. Java's own client offers
+        HTTP/2 with its first request to every server.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(b"400 Bad Request", "This is no proxy.", code="invalid_http")
+            return
+        lines = [b"%b: %b" % each for each in self.headers if each[0] not in _UPGRADE_HEADERS]
+        head = b"\r\n".join([b"%b %b HTTP/1.1" % (method, self.url), *lines, b"", b""])
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(head + rest)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["state"][CUT] = self.cut
         self._in_header = True
-        self._header_bytes = 0
+        self._header_bytes = self._raw_bytes = 0
         if self._header_timer is None:
             self._header_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._in_header = False
-        self._stop_timer()
-        super().on_headers_complete()
+        self._stop_header_timer()
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.write_timeout_s, self.cut)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def cut(self) -> None:
+        """Ends the connection now. What was written and not read yet is lost; whoever waits to write more goes on."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+        self.transport.abort()
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > self.max_header_bytes:
+            raise HeadersTooLargeError
 
     def _too_slow(self) -> None:
         self._header_timer = None
-        if not self.transport.is_closing():
-            self._refuse(
-                b"408 Request Timeout",
-                f"The request's headers did not arrive within {self.header_timeout_s:g} s.",
-                code="request_timeout",
-            )
+        self._refuse(
+            b"408 Request Timeout",
+            f"The request's headers did not arrive within {self.header_timeout_s:g} s.",
+            code="request_timeout",
+        )
+
+    def _refuse_header(self) -> None:
+        self._refuse(
+            b"431 Request Header Fields Too Large",
+            f"The request's headers are over the limit of {self.max_header_bytes} bytes.",
+            code="headers_too_large",
+        )
 
     def _refuse(self, status: bytes, message: str, *, code: str) -> None:
-        body = error_body(message, type_="invalid_request_error", param=None, code=code)
-        self.transport.write(
-            b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (status, len(body), body)
-        )
+        """Says why, and closes. Behind a running answer nothing can be said: it ends, and the connection with it."""
+        self._stop_header_timer()
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._deaf = True
+            self.cycle.keep_alive = False
+            return
+        body = error_body(message, type_=_ERROR_TYPE, param=None, code=code)
+        head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nconnection: close"
+        self.transport.write(head % (status, len(body), new_id().encode()) + b"\r\n\r\n" + body)
         self.transport.close()
 
-    def _stop_timer(self) -> None:
+    def _stop_header_timer(self) -> None:
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
 
 def bounded_protocol(settings: IngressSettings) -> type[BoundedProtocol]:
@@ -91,3 +189,13 @@ def bounded_protocol(settings: IngressSettings) -> type[BoundedProtocol]:
         "max_connections": settings.max_connections,
     }
     return type("ConfiguredProtocol", (BoundedProtocol,), bounds)
+
+
+def cut_of(state: dict[str, Any]) -> Callable[[], None]:
+    """What ends a connection now, from its scope's *state*; nothing where another server runs the application."""
+    found: Callable[[], None] = state.get(CUT, _nothing)
+    return found
+
+
+def _nothing() -> None:
+    pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -27,11 +27,14 @@ class Relay:
     """The frames of one attempt, in order and without gaps, for one reader.
 
     It also carries what else can happen to that reader: its client leaves (`leave`), its worker is lost (`fail`).
+    *on_overflow* is called when more waits than the reader's client takes: the reader may be stuck in writing to it.
     """
 
-    def __init__(self, nonce: Nonce, switchboard: Switchboard, *, max_bytes: int) -> None:
+    def __init__(
+        self, nonce: Nonce, switchboard: Switchboard, *, max_bytes: int, on_overflow: Callable[[], None] | None = None
+    ) -> None:
         self.nonce = nonce
-        self.worker: WorkerId | None = None
+        self.worker: WorkerId | None = None  # the first that spoke under this nonce
         self.started_at = 0.0  # when Started came, by the loop's clock
         self.gone: str | None = None  # why nobody reads any more
         self._switchboard = switchboard
@@ -39,9 +42,12 @@ class Relay:
         self._frames: list[AnyFrame] = []
         self._bytes = 0
         self._max_bytes = max_bytes
+        self._on_overflow = on_overflow
         self._expected = 0
         self._held: dict[int, tuple[AnyFrame, int]] = {}
-        self._gap_since: float | None = None
+        self._held_bytes = 0
+        self._gap_since = 0.0
+        self._mender: asyncio.TimerHandle | None = None  # runs while frames are held
         self._error: PenstockError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -58,23 +64,33 @@ class Relay:
             finally:
                 timer.cancel()
                 self._waiter = None
-        if self._error is not None and not self._frames:
+        if self._error is not None and not self._frames and self.gone is None:
             raise self._error
         frames, self._frames, self._bytes = self._frames, [], 0
         return frames
 
-    def feed(self, frame: AnyFrame, size: int) -> None:
+    def feed(self, frame: AnyFrame, size: int, *, worker: WorkerId) -> bool:
+        """Takes a frame of *size* bytes. False if it is not *worker*'s attempt: another one has the same job.
+
+        That happens when the acknowledgement of a delivery is lost: the queue delivers the job once more.
+        """
+        if self.worker is None:
+            self.worker = worker
+        elif self.worker != worker:
+            return False
         if frame.seq < self._expected:
-            return  # sent again, and here already
+            return True  # sent again, and here already
         if frame.seq > self._expected:
             self._hold(frame, size)
-            return
+            return True
         self._accept(frame, size)
         while self._held and (held := self._held.pop(self._expected, None)) is not None:
+            self._held_bytes -= held[1]
             self._accept(*held)
-        if not self._held:
-            self._gap_since = None
+        if self._mender is not None:
+            self._gap_since = self._loop.time()
         self._wake()
+        return True
 
     def leave(self, reason: str) -> None:
         """The reader's client has gone, or can't keep up."""
@@ -93,34 +109,49 @@ class Relay:
         if self.worker is not None:
             self._switchboard.command(self.worker, Resend(nonce=self.nonce, seq=self._expected))
 
+    def close(self) -> None:
+        """Nobody will read any more."""
+        if self._mender is not None:
+            self._mender.cancel()
+            self._mender = None
+        self._held.clear()
+
     def _accept(self, frame: AnyFrame, size: int) -> None:
         if isinstance(frame, Started):
-            self.worker, self.started_at = frame.worker, self._loop.time()
+            self.started_at = self._loop.time()
         self._expected += 1
+        if self.gone is not None:
+            return
         self._bytes += size
-        if self._bytes > self._max_bytes:
+        if self._frames and self._bytes > self._max_bytes:
             self.leave("client_too_slow")
-        elif self.gone is None:
-            self._frames.append(frame)
+            if self._on_overflow is not None:
+                self._on_overflow()
+            return
+        self._frames.append(frame)
 
     def _hold(self, frame: AnyFrame, size: int) -> None:
-        if len(self._held) >= OUT_OF_ORDER_MAX:
+        if frame.seq in self._held:
+            return
+        if len(self._held) >= OUT_OF_ORDER_MAX or self._held_bytes + size > self._max_bytes:
             self.fail(FrameGap())
             return
         self._held[frame.seq] = (frame, size)
-        if self._gap_since is None:
+        self._held_bytes += size
+        if self._mender is None:
             self._gap_since = self._loop.time()
             self._mend()
 
     def _mend(self) -> None:
-        """Asks for the missing frame, and again, and gives up after `GAP_TIMEOUT_S`."""
-        if self._gap_since is None or self.gone is not None:
+        """Asks for the missing frame, and again, and gives up when nothing has come for `GAP_TIMEOUT_S`."""
+        self._mender = None
+        if not self._held or self.gone is not None or self._error is not None:
             return
         if self._loop.time() - self._gap_since > GAP_TIMEOUT_S:
             self.fail(FrameGap())
             return
         self.ask_again()
-        self._loop.call_later(RESEND_EVERY_S, self._mend)
+        self._mender = self._loop.call_later(RESEND_EVERY_S, self._mend)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -144,14 +175,15 @@ class Switchboard:
         await self._connection.listen(subjects.frames_filter(self._ingress), self._on_frame)
         self._connection.on_reconnect(self._on_reconnect)
 
-    def open(self, nonce: Nonce) -> Relay:
-        relay = Relay(nonce, self, max_bytes=self._max_bytes)
+    def open(self, nonce: Nonce, *, on_overflow: Callable[[], None] | None = None) -> Relay:
+        relay = Relay(nonce, self, max_bytes=self._max_bytes, on_overflow=on_overflow)
         self._relays[nonce] = relay
         return relay
 
     def close(self, relay: Relay) -> None:
         """From here on the nonce is unknown, and whoever still speaks under it is told to stop."""
         self._relays.pop(relay.nonce, None)
+        relay.close()
 
     def lose(self, worker: WorkerId) -> None:
         """*worker* is gone: what it was doing ends with an error."""
@@ -185,13 +217,18 @@ class Switchboard:
             if relay is not None:
                 relay.fail(FrameGap())
             return
-        if relay is not None:
-            relay.feed(frame, len(msg.data))
-        elif isinstance(frame, Started | Delta):
-            # Nobody listens: a client that left before its job was taken, or an attempt that was given up.
+        wanted = relay is not None and relay.feed(frame, len(msg.data), worker=worker)
+        if not wanted and isinstance(frame, Started | Delta):
+            # Nobody listens: a client that left before its job was taken, an attempt that was given up, or a second one.
             self.command(worker, Cancel(nonce=nonce, reason="not_wanted"))
 
     async def _on_reconnect(self) -> None:
-        """Frames may have passed while the connection was away; the last one of an attempt would never be missed."""
+        """Frames may have passed while the connection was away; the last one of an attempt would never be missed.
+
+        A job that nobody has begun may be gone with the server's memory: it is given up, and its request queued again.
+        """
         for relay in self._relays.values():
-            relay.ask_again()
+            if relay.worker is None:
+                relay.fail(WorkerLost("The queue lost the request."))
+            else:
+                relay.ask_again()

@@ -1,0 +1,362 @@
+"""The whole way of a request inside this process: a real NATS, an ingress, a worker, a provider that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import msgspec
+import openai
+import uvicorn
+from aiohttp import ClientSession
+from uvicorn.server import ServerState
+
+from bus.connection import Connection, Message, connect
+from bus.control import ControlFeed
+from bus.log import EventLog
+from bus.publisher import Publisher
+from bus.queue import JobQueue
+from bus.streams import ensure_streams
+from ingress.app import build_app
+from ingress.bootstrap import Setup, state_setup
+from ingress.exchange import Services
+from ingress.fleet import Fleet
+from ingress.protocol import bounded_protocol
+from ingress.relay import Switchboard
+from schemas.control import Role
+from schemas.ids import IngressId, RouteId, WorkerId, new_name
+from schemas.jobs import Timeouts
+from schemas.money import Price
+from schemas.settings import IngressSettings, ModelSettings, NatsSettings, RouteSettings, WorkerSettings
+from tests.mock_provider import MockProvider
+from tests.waiting import eventually
+from workers.providers import make_provider
+from workers.worker import Route, Worker
+
+CLIENT_KEY = "sk-test-client-0123456789"
+ADMIN_KEY = "sk-test-admin-0123456789"
+MODEL = "public/model-1"
+UPSTREAM_MODEL = "upstream-model"
+PRICE = Price(input=150_000, cached_input=75_000, output=600_000)
+SLOTS = 8
+
+Event = dict[str, Any]
+
+
+class HttpServer:
+    """uvicorn's protocol on a free port, without its main loop, which looks only every 100 ms whether it should stop."""
+
+    def __init__(self, app: Any, settings: IngressSettings) -> None:
+        self._protocol = bounded_protocol(settings)
+        self._config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False)
+        self._config.load()
+        self.state = ServerState()
+
+    async def start(self) -> int:
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: self._protocol(self._config, self.state, {}), "127.0.0.1", 0
+        )
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        self._server.close()
+        for connection in list(self.state.connections):
+            connection.transport.abort()
+        await eventually(lambda: not self.state.tasks and not self.state.connections, what="an idle server")
+
+
+@dataclass(kw_only=True)
+class IngressUnderTest:
+    base_url: str
+    switchboard: Switchboard
+    fleet: Fleet
+    log: EventLog
+    connection: Connection
+    server: HttpServer
+
+
+@dataclass(kw_only=True)
+class Gateway:
+    """What a test drives. *events* are the events as they were published, in order."""
+
+    nats_url: str
+    mock: MockProvider
+    ingress: IngressUnderTest
+    worker: Worker
+    route: Route
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def base_url(self) -> str:
+        return self.ingress.base_url
+
+    @property
+    def chat_url(self) -> str:
+        return f"{self.base_url}/chat/completions"
+
+    def of(self, request_id: str | None, kind: str | None = None) -> list[Event]:
+        """The events of one request."""
+        return [e for e in self.events if e["request_id"] == request_id and kind in (None, e["kind"])]
+
+    async def ending(self, request_id: str | None = None) -> Event:
+        """The one closing event of the request, or of the only request there was."""
+
+        def found() -> list[Event]:
+            ends = [e for e in self.events if e["kind"] in ("request.finished", "request.rejected")]
+            return [e for e in ends if request_id in (None, e["request_id"])]
+
+        await eventually(found, what="a closing event")
+        (event,) = found()
+        return event
+
+    async def receipt(self, request_id: str) -> Event:
+        """The worker's one event of the request's attempt."""
+        await eventually(lambda: self.of(request_id, "attempt.finished"), what="a receipt")
+        (event,) = self.of(request_id, "attempt.finished")
+        return event
+
+    async def quiet(self) -> None:
+        """Returns when nothing is left of any request: no relay, no slot taken, nothing running."""
+        await eventually(lambda: len(self.ingress.switchboard) == 0, what="an empty switchboard")
+        await eventually(lambda: self.route.free == self.route.slots, what="free slots")
+        await eventually(lambda: self.mock.answering == 0, what="an idle provider")
+        await eventually(lambda: not self.ingress.server.state.tasks, what="no request's task")
+
+    async def jobs_waiting(self, count: int) -> None:
+        """Returns when *count* jobs are in the queue."""
+
+        async def check() -> bool:
+            answer = await self.ingress.connection.api("STREAM.INFO.JOBS")
+            return int(answer["state"]["messages"]) == count
+
+        await soon(check, what=f"{count} jobs in the queue")
+
+
+Headers = dict[str, str]
+
+
+def bearer(key: str = CLIENT_KEY) -> Headers:
+    return {"authorization": f"Bearer {key}"}
+
+
+def body(content: str = "one two three", **members: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **members}
+
+
+def sdk(base_url: str, key: str = CLIENT_KEY) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=20)
+
+
+def route_settings(mock: MockProvider, *, slots: int = SLOTS) -> RouteSettings:
+    return RouteSettings(
+        id=RouteId("mock"),
+        provider="openai",
+        base_url=mock.base_url,
+        max_concurrency=slots,
+        models=(ModelSettings(name=MODEL, upstream=UPSTREAM_MODEL, price=PRICE),),
+    )
+
+
+@contextlib.asynccontextmanager
+async def ingress_up(
+    nats_url: str, *, settings: IngressSettings, routes: tuple[RouteSettings, ...] = ()
+) -> AsyncIterator[IngressUnderTest]:
+    """An ingress put together as ingress/process.py does it, but in this process and without signal handlers."""
+    name = IngressId(new_name("ingress"))
+    connection = await connect(nats_url, name=name)
+    await ensure_streams(connection, NatsSettings())
+    connection.on_reconnect(lambda: ensure_streams(connection, NatsSettings()))
+    publisher = Publisher(connection)
+    await publisher.start()
+    log = EventLog(connection, publisher, producer=name)
+    control = ControlFeed(connection, publisher)
+    await control.start()
+    setup = Setup(keys=((CLIENT_KEY, Role.CLIENT), (ADMIN_KEY, Role.ADMIN)), routes=routes)
+    await state_setup(control, setup, producer=name)
+    switchboard = Switchboard(connection, ingress=name, max_bytes_per_relay=settings.max_buffered_bytes)
+    await switchboard.start()
+    fleet = Fleet(connection)
+    fleet.on_lost(switchboard.lose)
+    await fleet.start()
+    services = Services(
+        ingress=name,
+        log=log,
+        queue=JobQueue(connection, publisher),
+        switchboard=switchboard,
+        timeouts=settings.timeouts,
+        keep_alive_comment_s=settings.keep_alive_comment_s,
+    )
+    app = build_app(connection, services, control=control, fleet=fleet, settings=settings)
+    server = HttpServer(app, settings)
+    port = await server.start()
+    try:
+        yield IngressUnderTest(
+            base_url=f"http://127.0.0.1:{port}/v1",
+            switchboard=switchboard,
+            fleet=fleet,
+            log=log,
+            connection=connection,
+            server=server,
+        )
+    finally:
+        await server.stop()
+        await fleet.stop()
+        await control.stop()
+        await publisher.stop()
+        await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def worker_up(
+    nats_url: str, route: RouteSettings, *, settings: WorkerSettings | None = None
+) -> AsyncIterator[tuple[Worker, Route]]:
+    name = WorkerId(new_name("worker"))
+    settings = settings or WorkerSettings(drain_s=0.2)
+    connection = await connect(nats_url, name=name)
+    publisher = Publisher(connection)
+    await publisher.start()
+    served = Route(route, make_provider(route, settings), route.models)
+    worker = Worker(
+        connection,
+        EventLog(connection, publisher, producer=name),
+        [served],
+        worker=name,
+        settings=settings,
+        nats_settings=NatsSettings(),
+    )
+    await worker.start()
+    try:
+        yield worker, served
+    finally:
+        await worker.drain()
+        await served.provider.aclose()
+        await publisher.stop()
+        await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def gateway_up(
+    nats_url: str,
+    mock: MockProvider,
+    *,
+    ingress: IngressSettings | None = None,
+    worker: WorkerSettings | None = None,
+    slots: int = SLOTS,
+) -> AsyncIterator[Gateway]:
+    route = route_settings(mock, slots=slots)
+    async with (
+        ingress_up(nats_url, settings=ingress or IngressSettings(), routes=(route,)) as up,
+        worker_up(nats_url, route, settings=worker) as (running, served),
+    ):
+        made = Gateway(nats_url=nats_url, mock=mock, ingress=up, worker=running, route=served)
+
+        async def on_page(msg: Message) -> None:
+            made.events.extend(msgspec.json.decode(line) for line in msg.data.split(b"\n"))
+
+        await up.connection.listen("events.>", on_page)
+        await eventually(lambda: up.fleet.offers(MODEL), what="the worker's presence")
+        yield made
+
+
+async def soon(check: Callable[[], Awaitable[bool]], *, what: str = "", timeout_s: float = 5.0) -> None:
+    """`eventually` for what has to be asked for."""
+    await eventually(check, what=what, timeout_s=timeout_s)  # type: ignore[arg-type]  # T is inferred from the coroutine
+
+
+OpenGateway = Callable[..., Awaitable[Gateway]]
+
+
+def timeouts(**changes: float) -> Timeouts:
+    return Timeouts(**{"queue_s": 10.0, "first_token_s": 10.0, "idle_s": 10.0, "total_s": 20.0, **changes})
+
+
+class Lines:
+    """The events of a stream as they come over the wire, without any SDK between."""
+
+    def __init__(self, session: ClientSession, url: str, given: dict[str, Any], key: str = CLIENT_KEY) -> None:
+        self._request = session.post(url, json=given, headers=bearer(key))
+        self.headers: Headers = {}
+        self.status = 0
+
+    async def __aenter__(self) -> Self:
+        self._response = await self._request.__aenter__()
+        self.status = self._response.status
+        self.headers = {name.lower(): value for name, value in self._response.headers.items()}
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._request.__aexit__(*error)  # type: ignore[arg-type]  # as they came
+
+    @property
+    def request_id(self) -> str:
+        return self.headers["x-request-id"]
+
+    async def next(self) -> bytes:
+        """The next event or comment; empty at the end."""
+        lines = []
+        while (line := await self._response.content.readline()).strip():
+            lines.append(line.rstrip(b"\n"))
+        return b"\n".join(lines)
+
+    async def rest(self) -> list[bytes]:
+        found = []
+        while event := await self.next():
+            found.append(event)
+        return found
+
+    async def chunks(self) -> list[dict[str, Any]]:
+        """The data of all events up to ``[DONE]``, decoded, which must be there and last."""
+        events = [event for event in await self.rest() if not event.startswith(b":")]
+        assert events[-1] == b"data: [DONE]"
+        return [msgspec.json.decode(event.removeprefix(b"data: ")) for event in events[:-1]]
+
+
+class Wire:
+    """A client without manners: a TCP connection and nothing else."""
+
+    def __init__(self, base_url: str) -> None:
+        self._port = int(base_url.split(":")[2].split("/", maxsplit=1)[0])
+
+    async def __aenter__(self) -> Self:
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.vanish()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+    def vanish(self) -> None:
+        self.writer.transport.abort()
+
+    def head(self, *, length: int | None = None, key: str = CLIENT_KEY, chunked: bool = False) -> None:
+        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {key}"]
+        lines += [] if length is None else [f"Content-Length: {length}"]
+        lines += ["Transfer-Encoding: chunked"] if chunked else []
+        self.send("\r\n".join([*lines, "", ""]).encode())
+
+    def ask(self, given: dict[str, Any]) -> None:
+        raw = msgspec.json.encode(given)
+        self.head(length=len(raw))
+        self.send(raw)
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def answer(self) -> tuple[int, Headers, Any]:
+        """Status, headers and the decoded body of one answer with a Content-Length."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head.strip().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        raw = await self.reader.readexactly(int(headers["content-length"]))
+        return int(first.split(" ")[1]), headers, msgspec.json.decode(raw)
+
+    async def closed(self) -> bool:
+        """Whether the server ends the connection, and sends nothing more before."""
+        try:
+            return await self.reader.read(1) == b""
+        except ConnectionError:
+            return True
