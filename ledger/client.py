@@ -53,7 +53,7 @@ def find_ledger(home: str | None, ledger_url: str | None, environ: Mapping[str, 
     """
     environ = os.environ if environ is None else environ
     url = ledger_url or (environ.get("PENSTOCK_LEDGER_URL") if home is None else None)
-    if url is None:
+    if not url:
         ready = read_ready(home_folder(home, environ))
         return Ledger(ready.ledger_url.rstrip("/"), ready.admin_key)
     key = environ.get("PENSTOCK_API_KEY") or environ.get("PENSTOCK_ADMIN_KEY")

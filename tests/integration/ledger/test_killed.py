@@ -123,11 +123,15 @@ async def test_every_event_is_stored_once_whenever_the_ledger_is_killed(
         sql = "select count(*), count(distinct id), min(position), max(position) from events where log = 'EVENTS'"
         total = len(published)
         assert database.execute(sql).fetchall() == [(total, total, 1, total)]
-        assert {str(id_) for (id_,) in database.execute("select id from events where log = 'EVENTS'").fetchall()} == published
-        assert database.execute("select count(*), count(distinct request_id), min(status) from requests").fetchall() == [
-            (total // 4, total // 4, "completed")
+        assert {
+            str(id_) for (id_,) in database.execute("select id from events where log = 'EVENTS'").fetchall()
+        } == published
+        assert database.execute(
+            "select count(*), count(distinct request_id), min(status) from requests"
+        ).fetchall() == [(total // 4, total // 4, "completed")]
+        assert database.execute("select count(*) from attempts where outcome = 'completed'").fetchall() == [
+            (total // 4,)
         ]
-        assert database.execute("select count(*) from attempts where outcome = 'completed'").fetchall() == [(total // 4,)]
 
 
 async def test_sigterm_stores_what_was_said_before_and_ends_in_peace(

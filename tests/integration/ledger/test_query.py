@@ -47,7 +47,9 @@ async def values(queries: Queries, sql: str, *params: Any) -> list[list[Any]]:
 
 async def test_a_query_sees_what_is_stored(queries: Queries, log: Log) -> None:
     log.write(samples.whole())
-    assert await values(queries, "select model, status, cost_usd from requests") == [["m", "completed", "0.000008700000"]]
+    assert await values(queries, "select model, status, cost_usd from requests") == [
+        ["m", "completed", "0.000008700000"]
+    ]
 
 
 async def test_parameters_stand_for_question_marks(queries: Queries, log: Log) -> None:

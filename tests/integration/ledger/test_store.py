@@ -69,7 +69,9 @@ def test_a_repeated_event_is_stored_once(store: Store, log: Log) -> None:
     log.write([samples.accepted(2)], page)
     log.write(page[::-1])
     assert rows(store, "select count(*), count(distinct id), max(position) from events") == [(5, 5, 5)]
-    assert rows(store, "select count(*), sum(cost_usd) = 0.0000087 from requests where status = 'completed'") == [(1, True)]
+    assert rows(store, "select count(*), sum(cost_usd) = 0.0000087 from requests where status = 'completed'") == [
+        (1, True)
+    ]
     assert store.read_cursor(subjects.EVENTS).last_seq == 4
 
 
@@ -141,9 +143,8 @@ def test_migrations_run_once_and_in_order(tmp_path: Path) -> None:
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path) -> None:
     broken = [Migration(1, "one", "create table a as select 1 as x; select error('no')")]
-    with duckdb.connect(str(tmp_path / "x.duckdb")) as connection:
-        with pytest.raises(duckdb.Error):
-            migrate(connection, broken)
+    with duckdb.connect(str(tmp_path / "x.duckdb")) as connection, pytest.raises(duckdb.Error):
+        migrate(connection, broken)
     with duckdb.connect(str(tmp_path / "x.duckdb")) as connection:
         migrate(connection, [Migration(1, "one", "create table a as select 2 as x")])
         assert connection.execute("from a").fetchall() == [(2,)]
@@ -176,7 +177,9 @@ def test_the_database_reaches_nothing_outside_itself(store: Store, tmp_path: Pat
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_a_query_that_outgrows_its_memory_spills_into_the_ledgers_folder(open_store: Callable[..., Store], home: Path) -> None:
+def test_a_query_that_outgrows_its_memory_spills_into_the_ledgers_folder(
+    open_store: Callable[..., Store], home: Path
+) -> None:
     store = open_store(sql_memory_mib=128)
     sql = "select count(*) from (select range::varchar || repeat('x', 50) as a from range(2000000) order by 1)"
     assert rows(store, sql) == [(2_000_000,)]

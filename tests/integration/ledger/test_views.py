@@ -128,7 +128,9 @@ def test_an_attempt_has_what_both_witnesses_say(store: Store, log: Log) -> None:
 
 
 def test_an_attempt_without_a_receipt_is_open_or_lost(store: Store, log: Log) -> None:
-    log.write([samples.started(1), samples.started(2), samples.lost(2), samples.lost(3, worker=None, code="queue_timeout")])
+    log.write(
+        [samples.started(1), samples.started(2), samples.lost(2), samples.lost(3, worker=None, code="queue_timeout")]
+    )
     assert rows(store, "select request_id, outcome, code, worker, queue_ms from attempts order by 1") == [
         (UUID(samples.uuid(1)), "open", None, "worker-1", 2.0),
         (UUID(samples.uuid(2)), "lost", "worker_lost", "worker-1", 2.0),
@@ -239,7 +241,9 @@ def test_every_view_and_every_column_says_what_it_is(store: Store) -> None:
         "where schema_name = 'main' and not internal and comment is null",
     )
     assert silent == []
-    described = rows(store, "select distinct table_name from duckdb_columns() where schema_name = 'main' and not internal")
+    described = rows(
+        store, "select distinct table_name from duckdb_columns() where schema_name = 'main' and not internal"
+    )
     assert {name for (name,) in described} == VIEWS
 
 

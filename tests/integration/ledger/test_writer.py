@@ -24,7 +24,9 @@ from tests.waiting import eventually
 
 
 async def stored(ledger: RunningLedger, events: int) -> None:
-    await eventually(lambda: ledger.writer.cursors[subjects.EVENTS].last_position >= events, what=f"{events} events stored")
+    await eventually(
+        lambda: ledger.writer.cursors[subjects.EVENTS].last_position >= events, what=f"{events} events stored"
+    )
 
 
 async def test_what_an_event_log_appends_can_be_asked_at_once(
@@ -37,9 +39,9 @@ async def test_what_an_event_log_appends_can_be_asked_at_once(
     await event_log.append(samples.accepted(101))
     async with asyncio.timeout(1):
         await stored(ledger, 401)
-    assert rows(ledger.store, "select count(*), count(distinct id), max(position) from events where log = 'EVENTS'") == [
-        (401, 401, 401)
-    ]
+    assert rows(
+        ledger.store, "select count(*), count(distinct id), max(position) from events where log = 'EVENTS'"
+    ) == [(401, 401, 401)]
     assert rows(ledger.store, "select status, count(*) from requests group by all order by 1") == [
         ("completed", 100),
         ("open", 1),
@@ -82,9 +84,7 @@ async def test_stopping_stores_what_is_still_to_be_had(
         assert ledger.writer.cursors[subjects.EVENTS].last_position == 300
 
 
-async def test_nats_may_restart_while_nothing_happens(
-    nats_server: EmbeddedServer, ledger: RunningLedger
-) -> None:
+async def test_nats_may_restart_while_nothing_happens(nats_server: EmbeddedServer, ledger: RunningLedger) -> None:
     await ledger.say(*samples.whole(1))
     await nats_server.stop()
     await nats_server.start()

@@ -77,7 +77,10 @@ def test_an_event_of_a_newer_release_is_mentioned() -> None:
 
 def test_every_class_of_tokens_is_told_once() -> None:
     usage = Usage(prompt_tokens=9, completion_tokens=8, cached_tokens=1, reasoning_tokens=2, audio_prompt_tokens=3)
-    assert "9 prompt + 8 completion tokens (1 cached, 2 reasoning, 3 audio)" in tell(ID, [samples.finished(usage=usage)]).summary
+    assert (
+        "9 prompt + 8 completion tokens (1 cached, 2 reasoning, 3 audio)"
+        in tell(ID, [samples.finished(usage=usage)]).summary
+    )
 
 
 def test_the_json_has_the_story_and_the_events() -> None:

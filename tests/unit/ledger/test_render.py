@@ -37,7 +37,9 @@ def only_row(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Any]:
 
 
 def test_json_has_columns_rows_and_their_count(connection: duckdb.DuckDBPyConnection) -> None:
-    answer = json.loads(rendered(connection, "select 1::bigint as n, 'a' as t union all select 2, null", Format.JSON).body)
+    answer = json.loads(
+        rendered(connection, "select 1::bigint as n, 'a' as t union all select 2, null", Format.JSON).body
+    )
     assert answer == {
         "columns": [{"name": "n", "type": "BIGINT"}, {"name": "t", "type": "VARCHAR"}],
         "rows": [[1, "a"], [2, None]],
@@ -86,7 +88,9 @@ def test_a_json_column_keeps_its_text(connection: duckdb.DuckDBPyConnection) -> 
 
 
 def test_csv_reads_back_and_tells_null_from_empty(connection: duckdb.DuckDBPyConnection) -> None:
-    sql = """select 1 as n, 'a,"b"' || chr(10) as t, null as nothing, '' as empty, true as yes, 0::decimal(38, 12) as d"""
+    sql = (
+        """select 1 as n, 'a,"b"' || chr(10) as t, null as nothing, '' as empty, true as yes, 0::decimal(38, 12) as d"""
+    )
     body = rendered(connection, sql, Format.CSV).body.decode()
     assert list(csv.reader(io.StringIO(body, newline=""))) == [
         ["n", "t", "nothing", "empty", "yes", "d"],
