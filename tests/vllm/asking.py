@@ -18,6 +18,7 @@ JSON_SCHEMA = {
     "additionalProperties": False,
 }
 AS_SCHEMA = {"type": "json_schema", "json_schema": {"name": "weather", "strict": True, "schema": JSON_SCHEMA}}
+LONG = 8000  # tokens: seconds of the engine's time
 WITH_USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 

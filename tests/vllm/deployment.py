@@ -55,12 +55,12 @@ class Deployment:
         return [dict(zip(names, row, strict=True)) for row in result["rows"]]
 
     def request(self, request_id: str) -> dict[str, Any]:
-        """The ledger's one row for *request_id*. Raises: LookupError while there is none."""
+        """The ledger's one row for *request_id*. Raises: LookupError until the request is over."""
         rows = self.sql("SELECT * FROM requests WHERE request_id = ?", request_id)
-        if not rows:
+        assert len(rows) <= 1
+        if not rows or rows[0]["status"] == "open":
             raise LookupError(request_id)
-        (row,) = rows
-        return row
+        return rows[0]
 
 
 @contextlib.contextmanager

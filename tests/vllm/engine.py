@@ -22,6 +22,8 @@ CONTEXT_TOKENS = 8192
 SLOTS = 16
 START_TIMEOUT_S = 180.0  # 10 s when everything is in the page cache, a minute when nothing is
 STOP_TIMEOUT_S = 10.0
+RUNNING = "vllm:num_requests_running"  # names of its metrics
+GENERATED = "vllm:generation_tokens_total"
 
 HERE = Path(__file__).parent
 CACHE = ROOT / ".cache"
@@ -31,6 +33,10 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process fewer: half the start
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # One thread that nothing pins. So small a model gains nothing from a second, and threads that wait for each other on
+    # cores that Penstock and the tests need too stand still for seconds.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
     "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
 }
 SERVE_OPTIONS = (

@@ -11,9 +11,10 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionChunk
 
-from tests.vllm.asking import AS_SCHEMA, WITH_USAGE, answer, ask, check_form, endless, joined, usage
-from tests.vllm.engine import MODEL
+from tests.vllm.asking import AS_SCHEMA, LONG, WITH_USAGE, answer, ask, check_form, endless, joined, usage
+from tests.vllm.engine import MODEL, RUNNING, SLOTS, Engine
 from tests.vllm.tiny_model import AS_JSON, CONVERSATIONS, COUNT, HELLO, PARIS, ROME_AND_OSLO, THINK, Conversation
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -140,26 +141,24 @@ def test_same_seed_gives_the_same_answer_and_another_seed_another(client: OpenAI
     assert first == again != other
 
 
-async def test_streams_run_beside_each_other(async_client: AsyncOpenAI, direct: OpenAI) -> None:
-    """Twelve streams share the engine: each is whole and its own, and none waits for another to end."""
-    asked = [endless(c, tokens=150 + i) for i, c in enumerate(CONVERSATIONS * 2)]
-    spans = await asyncio.gather(*(timed(async_client, {**a, **WITH_USAGE}) for a in asked))
-    for one, (chunks, _, _) in zip(asked, spans, strict=True):
-        check_form(chunks, with_usage=True)
-        engines = list(direct.chat.completions.create(**one, **WITH_USAGE))
-        assert joined(chunks) == joined(engines)
-        assert usage(chunks[-1]) == usage(engines[-1])
-    assert max(first for _, first, _ in spans) < min(last for _, _, last in spans)
+async def test_streams_beside_each_other_are_each_their_own(async_client: AsyncOpenAI, direct: OpenAI) -> None:
+    asked = [endless(c, tokens=150 + i, **WITH_USAGE) for i, c in enumerate(CONVERSATIONS * 2)]
+    streams = await asyncio.gather(*(collected(async_client, one) for one in asked))
+    for one, ours in zip(asked, streams, strict=True):
+        engines = list(direct.chat.completions.create(**one))
+        check_form(ours, with_usage=True)
+        assert joined(ours) == joined(engines)
+        assert usage(ours[-1]) == usage(engines[-1])
+
+
+async def test_streams_run_at_the_same_time(async_client: AsyncOpenAI, engine: Engine) -> None:
+    """As many as the engine has slots for: none waits in Penstock for another to end."""
+    asked = endless(COUNT, tokens=LONG, stream=True)
+    streams = await asyncio.gather(*(async_client.chat.completions.create(**asked) for _ in range(SLOTS)))
+    await eventually(lambda: engine.metric(RUNNING) == SLOTS, what="a full engine")
+    await asyncio.gather(*(stream.close() for stream in streams))
+    await eventually(lambda: engine.metric(RUNNING) == 0, what="a free engine")
 
 
 async def collected(client: AsyncOpenAI, asked: dict[str, Any]) -> list[ChatCompletionChunk]:
     return [chunk async for chunk in await client.chat.completions.create(**asked)]
-
-
-async def timed(client: AsyncOpenAI, asked: dict[str, Any]) -> tuple[list[ChatCompletionChunk], float, float]:
-    """The chunks of a stream, and when the first and the last came."""
-    chunks, stamps = [], []
-    async for chunk in await client.chat.completions.create(**asked):
-        chunks.append(chunk)
-        stamps.append(time.monotonic())
-    return chunks, stamps[0], stamps[-1]

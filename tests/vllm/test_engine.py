@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 
 from tests.vllm.asking import ask
-from tests.vllm.engine import Engine
+from tests.vllm.engine import RUNNING, Engine
 from tests.vllm.guarded import GUARD
 from tests.vllm.tiny_model import AS_JSON, COUNT, HELLO, Conversation
 from tests.waiting import eventually
@@ -29,7 +29,7 @@ def test_engine_counts_the_requests_that_it_runs(engine: Engine, direct: OpenAI)
     ended = engine.metric("vllm:request_success_total")
     direct.chat.completions.create(**ask(HELLO))
     assert engine.metric("vllm:request_success_total") == ended + 1
-    assert engine.metric("vllm:num_requests_running") == 0
+    assert engine.metric(RUNNING) == 0
 
 
 async def test_guard_leaves_nothing_behind_when_its_asker_is_killed() -> None:

@@ -9,16 +9,13 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.vllm.asking import WITH_USAGE, ask, endless, usage
+from tests.vllm.asking import LONG, WITH_USAGE, ask, endless, usage
 from tests.vllm.deployment import INPUT_PICO, OUTPUT_PICO, Deployment
-from tests.vllm.engine import Engine
+from tests.vllm.engine import GENERATED, RUNNING, Engine
 from tests.vllm.tiny_model import COUNT, HELLO, PARIS
 from tests.waiting import eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
-
-LONG = 8000  # tokens: about ten seconds of the engine's time
-GENERATED = "vllm:generation_tokens_total"
 
 
 async def test_ledger_has_the_engines_usage_of_an_answer(client: OpenAI, deployment: Deployment) -> None:
@@ -88,7 +85,7 @@ async def test_client_that_leaves_while_it_waits_frees_the_engine(
     before = engine.metric(GENERATED)
     cancelled = count(deployment, "cancelled")
     waiting = asyncio.create_task(async_client.chat.completions.create(**endless(COUNT, tokens=LONG)))
-    await eventually(lambda: engine.metric("vllm:num_requests_running") == 1, what="the engine at work")
+    await eventually(lambda: engine.metric(RUNNING) == 1, what="the engine at work")
     waiting.cancel()
     await idle(engine)
     assert engine.metric(GENERATED) - before < LONG, "it ran to its end"
@@ -99,10 +96,12 @@ async def test_every_request_is_one_row_and_every_token_is_counted(
     async_client: AsyncOpenAI, engine: Engine, deployment: Deployment
 ) -> None:
     """Twenty requests at once: what the ledger adds up is what the engine itself counted."""
-    rows, tokens, generated = count(deployment), counted_tokens(deployment), engine.metric(GENERATED)
+    rows, completed = count(deployment), count(deployment, "completed")
+    tokens, generated = counted_tokens(deployment), engine.metric(GENERATED)
     asked = [endless(HELLO, tokens=20 + i) for i in range(20)]
     await asyncio.gather(*(async_client.chat.completions.create(**a) for a in asked))
-    await eventually(lambda: count(deployment) == rows + len(asked), what="one row for each request")
+    await eventually(lambda: count(deployment, "completed") == completed + len(asked), what="the end of every request")
+    assert count(deployment) == rows + len(asked)
     assert counted_tokens(deployment) - tokens == sum(range(20, 40)) == engine.metric(GENERATED) - generated
 
 
@@ -112,7 +111,7 @@ async def recorded(deployment: Deployment, request_id: str) -> dict[str, Any]:
 
 
 async def idle(engine: Engine) -> None:
-    await eventually(lambda: engine.metric("vllm:num_requests_running") == 0, what="a free engine", timeout_s=3)
+    await eventually(lambda: engine.metric(RUNNING) == 0, what="a free engine", timeout_s=3)
 
 
 def count(deployment: Deployment, status: str = "%") -> int:
