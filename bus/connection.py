@@ -33,6 +33,8 @@ KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py
 LISTEN_BYTES_MAX = 512 * 1024 * 1024  # of one subscription, received and not handled yet
 LISTEN_MESSAGES_MAX = 1_000_000
 
+_decode_answer = msgspec.json.Decoder(dict[str, Any]).decode
+
 Disconnected = Callable[[], None]
 Reconnected = Callable[[], Awaitable[None]]
 Forget = Callable[[], None]
@@ -65,10 +67,11 @@ class MessageTooLarge(PenstockError):
 
 
 class _Client(Client):
-    """nats-py, but for two things that it does.
+    """nats-py, but for what would cost the connection.
 
-    It closes a connection for good when its server says ``-ERR``, whatever it says; this one reconnects. And it writes a PING
-    ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind.
+    It closes for good when its server says ``-ERR``, whatever it says, and is deaf from then on when its reader breaks, as it
+    does over the answer to a flush that nobody waits for any more; this one reconnects, and expects that answer. It
+    writes a PING ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind.
     """
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
@@ -78,6 +81,16 @@ class _Client(Client):
         self._pongs.append(future or asyncio.get_running_loop().create_future())
         await self._send_command(PING_PROTO)
         await self._flush_pending()
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
+    async def _read_loop(self) -> None:
+        await super()._read_loop()
+        if self.is_connected:
+            await self._process_op_err(nats.errors.UnexpectedEOF())
 
     async def _process_err(self, err_msg: str) -> None:
         if any(word in err_msg for word in KEEPS_CONNECTION):
@@ -267,9 +280,12 @@ async def connect(
 def api_answer(data: bytes) -> dict[str, Any]:
     """The body of a JetStream answer.
 
-    Raises: ApiError if it is a refusal.
+    Raises: ApiError if it is a refusal, BusUnavailable if it is no answer of JetStream's.
     """
-    answer = cast("dict[str, Any]", msgspec.json.decode(data))
+    try:
+        answer = _decode_answer(data)
+    except msgspec.MsgspecError as error:
+        raise BusUnavailable("an answer is not JetStream's") from error
     if refusal := answer.get("error"):
         raise ApiError(
             status=refusal.get("code", 0),

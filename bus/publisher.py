@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from itertools import count
 
-import msgspec
 import nats.errors
 from nats.aio.msg import Msg
 
@@ -81,8 +80,8 @@ class Publisher:
             future.set_result(api_answer(msg.data)["seq"])
         except PenstockError as error:
             future.set_exception(error)
-        except (msgspec.MsgspecError, LookupError, TypeError) as error:
-            future.set_exception(BusUnavailable(f"the stream's answer is not JetStream's: {type(error).__name__}"))
+        except LookupError:
+            future.set_exception(BusUnavailable("an answer is not JetStream's"))
 
     def _fail_all(self) -> None:
         """Their answers went to a connection that is gone: those who wait may try again at once."""
