@@ -160,6 +160,19 @@ async def test_a_server_that_falls_silent_is_noticed(nats_server: EmbeddedServer
     await connection.close()
 
 
+async def test_an_answer_that_comes_too_late_costs_nothing(nats_server: EmbeddedServer) -> None:
+    """nats-py's reader breaks over the answer to a flush that was given up, and the connection is deaf from then on."""
+    connection = await connect(nats_server.url, name="test", ping_every_s=30.0)
+    heard: list[bytes] = []
+    await connection.listen("word", _into(heard))
+    with frozen(nats_server.pid), pytest.raises(nats.errors.FlushTimeoutError):
+        await connection.nc.flush(timeout=0.1)
+    await connection.say("word", b"hello")
+    await eventually(lambda: heard == [b"hello"])
+    assert connection.nc.stats["reconnects"] == 0
+    await connection.close()
+
+
 async def test_a_request_ends_at_once_with_the_connection(nats_server: EmbeddedServer, connection: Connection) -> None:
     async def never(_: Message) -> None:
         pass

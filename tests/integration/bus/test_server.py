@@ -159,7 +159,9 @@ async def test_a_cancelled_start_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 async def _parent(store: Path) -> tuple[subprocess.Popen[str], int]:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(store)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(  # noqa: ASYNC220 - a fork takes a millisecond
+        [sys.executable, "-c", PARENT, str(store)], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     pid = int(await asyncio.to_thread(parent.stdout.readline))
     parent.stdout.close()
