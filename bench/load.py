@@ -44,6 +44,7 @@ class Window(msgspec.Struct, kw_only=True):
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    longest_ms: float  # of every answer, the warm-up and the tail included: a stall is seen here
     first_p50_ms: float  # send to first chunk; streams only, else 0
     first_p99_ms: float
     total: int  # every verified answer, the warm-up and the tail included
@@ -76,6 +77,7 @@ class Tally:
     errors: dict[str, int] = field(default_factory=dict)
     counting: bool = False
     stopping: bool = False
+    longest_s: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
     firsts_s: list[float] = field(default_factory=list)
 
@@ -162,8 +164,11 @@ class Connection(asyncio.Protocol):
         tally = self.tally
         tally.total += 1
         tally.total_streams += self.streams
+        took_s = now_s - self.begun_s
+        if took_s > tally.longest_s:
+            tally.longest_s = took_s
         if tally.counting:
-            tally.latencies_s.append(now_s - self.begun_s)
+            tally.latencies_s.append(took_s)
             if self.first_s:
                 tally.firsts_s.append(self.first_s - self.begun_s)
         self.begun_s = 0.0
@@ -279,6 +284,7 @@ def summary(plan: Plan, tally: Tally, *, connections: int, seconds: float, cpu_s
         p50_ms=percentile(latencies_s, 0.5) * 1000,
         p90_ms=percentile(latencies_s, 0.9) * 1000,
         p99_ms=percentile(latencies_s, 0.99) * 1000,
+        longest_ms=tally.longest_s * 1000,
         first_p50_ms=percentile(firsts_s, 0.5) * 1000,
         first_p99_ms=percentile(firsts_s, 0.99) * 1000,
         total=tally.total,

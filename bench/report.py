@@ -143,12 +143,24 @@ def rates_table(comparison: Comparison) -> str:
                     f"{median(group, lambda m: m.window.p50_ms):.2f}",
                     f"{median(group, lambda m: m.window.p90_ms):.2f}",
                     f"{median(group, lambda m: m.window.p99_ms):.2f}",
+                    f"{max(m.window.longest_ms for m in group):,.0f}",
                     first,
                     str(sum(m.window.completed for m in group)),
                     str(sum(m.window.failed for m in group)),
                 ]
             )
-    heads = ["load", "entrant", "per second", "p50 ms", "p90 ms", "p99 ms", "first chunk p50 ms", "completed", "failed"]
+    heads = [
+        "load",
+        "entrant",
+        "per second",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "longest ms",
+        "first chunk p50 ms",
+        "completed",
+        "failed",
+    ]
     return table(heads, rows)
 
 

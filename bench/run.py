@@ -124,7 +124,7 @@ def schedule(entered: Sequence[Peer], rounds: int) -> Iterator[tuple[Peer, Cell]
 def summary_line(one: Measured) -> str:
     window = one.window
     failed = f", [red]{window.failed} failed: {window.errors}[/red]" if window.failed else ""
-    return f"{one.peer}: {one.cell.title}: {window.rate:,.1f}/s, p50 {window.p50_ms:.2f} ms, p99 {window.p99_ms:.2f} ms{failed}"
+    return f"{one.peer}: {one.cell.title}: {window.rate:,.1f}/s, p50 {window.p50_ms:.2f} ms, p99 {window.p99_ms:.2f} ms, longest {window.longest_ms:.0f} ms{failed}"
 
 
 def complaints(log: Path) -> list[str]:

@@ -35,6 +35,7 @@ def make_window(*, cell: Cell = WHOLE_32, rate: float = 100.0, p50_ms: float = 1
         p50_ms=p50_ms,
         p90_ms=2.0,
         p99_ms=3.0,
+        longest_ms=9.0,
         first_p50_ms=0.5,
         first_p99_ms=0.9,
         total=120,
