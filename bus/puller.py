@@ -74,6 +74,7 @@ class Puller:
         self._consumer: str | None = None
         self._subscriptions: list[Subscription] = []  # the last one is ours, any others are being given up
         self._move = False
+        self._paused = False
         self._refused = False
         self._wake = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
@@ -106,6 +107,15 @@ class Puller:
         """Gives up the consumer and all pulls; the consumer is made again. For a reader that has to begin elsewhere."""
         self._consumer = None
         self._move = True
+        self._wake.set()
+
+    def pause(self) -> None:
+        """Asks for nothing until `resume`; what was asked for is given up."""
+        self._paused = True
+        self.renew()
+
+    def resume(self) -> None:
+        self._paused = False
         self._wake.set()
 
     async def _rearm(self) -> None:
@@ -152,7 +162,7 @@ class Puller:
         if self._move:
             self._move = False
             await self._change_inbox()
-        if self._credit <= self._asked or self._refused:
+        if self._paused or self._credit <= self._asked or self._refused:
             return
         if self._consumer is None:
             self._consumer = await self._ensure()

@@ -122,4 +122,9 @@ class Fleet:
 def _served(presence: Presence) -> list[tuple[RouteId, str, Price]]:
     if presence.state is not WorkerState.SERVING:
         return []
-    return [(offer.route, model.name, model.price) for offer in presence.routes for model in offer.models]
+    return [
+        (offer.route, model.name, model.price)
+        for offer in presence.routes
+        if offer.down is None
+        for model in offer.models
+    ]

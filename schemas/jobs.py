@@ -111,6 +111,7 @@ class RouteOffer(Struct, frozen=True, kw_only=True):
     models: tuple[ModelOffer, ...]
     slots: int
     free: int
+    down: str | None = None  # why no job is taken at the moment
 
 
 class WorkerState(StrEnum):

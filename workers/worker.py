@@ -66,11 +66,17 @@ class Route:
         self.slots = settings.max_concurrency
         self.free = settings.max_concurrency
         self.puller: Puller | None = None
+        self.down: str | None = None  # why it takes no jobs at the moment
 
     def offer(self) -> RouteOffer:
         models = tuple(ModelOffer(name=model.name, price=model.price) for model in self.models)
         return RouteOffer(
-            route=self.id, provider=self.provider.name, models=models, slots=self.slots, free=max(0, self.free)
+            route=self.id,
+            provider=self.provider.name,
+            models=models,
+            slots=self.slots,
+            free=max(0, self.free),
+            down=self.down,
         )
 
 
@@ -101,6 +107,7 @@ class Worker:
         self._kept = KeptReports(asyncio.get_running_loop())
         self._outbox = Outbox(connection)
         self._beat: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Raises: ApiError, BusUnavailable."""
@@ -172,8 +179,21 @@ class Worker:
             await self._on_delivery(route, msg)
 
         route.puller = Puller(self._connection, stream=subjects.JOBS, ensure=ensure, on_message=take)
+        route.provider.attach(lambda reason: self._tell(route, reason))
         await route.puller.start()
         route.puller.grant(route.slots)
+
+    def _tell(self, route: Route, reason: str | None) -> None:
+        """The route can't serve, for *reason*, or can again: it pulls or doesn't, and every ingress hears of it at once."""
+        if route.down == reason:
+            return
+        log.info("route_down" if reason else "route_up", route=route.id, reason=reason)
+        route.down = reason
+        if route.puller is not None:
+            (route.puller.pause if reason else route.puller.resume)()
+        task = asyncio.create_task(self.announce())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     async def _on_delivery(self, route: Route, msg: Message) -> None:
         try:
@@ -189,8 +209,9 @@ class Worker:
             await self._answer(msg, ACK)
             self._grant(route)
             return
-        if self._state is not WorkerState.SERVING or route.free <= 0:
+        if self._state is not WorkerState.SERVING or route.free <= 0 or route.down is not None:
             await self._answer(msg, NAK)
+            self._grant(route)  # it took no slot
             return
         route.free -= 1
         progress = Progress()

@@ -6,7 +6,7 @@ closing the iterator) must stop the work down to the provider's connection.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from msgspec import Struct
@@ -32,6 +32,9 @@ class Chunk(Struct, frozen=True, gc=False):
     upstream_id: str | None = None
 
 
+Tell = Callable[[str | None], None]  # why the provider can't serve at the moment; None: it can
+
+
 class Provider(Protocol):
     """A place that can generate.
 
@@ -51,6 +54,13 @@ class Provider(Protocol):
 
     async def models(self) -> tuple[str, ...]:
         """The names that it serves, asked for when the configuration names none. Raises: Fault."""
+        ...
+
+    def attach(self, tell: Tell) -> None:
+        """Called once, before the first job: the provider may begin to prepare itself.
+
+        It calls *tell* at each change of whether it can serve. Until it says otherwise, it can.
+        """
         ...
 
     async def aclose(self) -> None: ...

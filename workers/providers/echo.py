@@ -15,7 +15,7 @@ import msgspec
 from schemas.jobs import Job
 from schemas.money import Usage
 from schemas.settings import ModelSettings, RouteSettings
-from workers.providers.base import Chunk
+from workers.providers.base import Chunk, Tell
 from workers.providers.echo_answer import Answer, Call, Request, answer, read
 
 BREATH_EVERY_CHUNKS = 32  # at full speed, other tasks get their turn this often
@@ -69,6 +69,9 @@ class Echo:
 
     async def models(self) -> tuple[str, ...]:
         return (self.name,)
+
+    def attach(self, tell: Tell) -> None:
+        """It can always serve."""
 
     async def aclose(self) -> None:
         pass

@@ -17,7 +17,7 @@ from msgspec import Raw, Struct
 from schemas.errors import ProviderNonsense, ProviderRejected, SetupError
 from schemas.jobs import Job
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings, secret
-from workers.providers.base import Chunk
+from workers.providers.base import Chunk, Tell
 from workers.providers.openai_chunks import ChunkReader
 from workers.providers.openai_faults import complaint, refusal, refusal_inside, retry_after_s
 from workers.providers.patience import Patience
@@ -104,6 +104,9 @@ class OpenAI:
             raise ProviderNonsense("The provider answered with something that is not a list of models.") from error
         finally:
             answer.close()
+
+    def attach(self, tell: Tell) -> None:
+        """Whether it can serve shows with each request."""
 
     async def aclose(self) -> None:
         await self._upstream.aclose()
