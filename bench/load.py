@@ -165,8 +165,7 @@ class Connection(asyncio.Protocol):
         tally.total += 1
         tally.total_streams += self.streams
         took_s = now_s - self.begun_s
-        if took_s > tally.longest_s:
-            tally.longest_s = took_s
+        tally.longest_s = max(tally.longest_s, took_s)
         if tally.counting:
             tally.latencies_s.append(took_s)
             if self.first_s:

@@ -108,7 +108,7 @@ def drive_all(
             progress.update(task, description=f"{peer.name}: {cell.title}", refresh=True)
             one = measure(peer, provider, cell, meter=meters[peer.name], seconds=seconds)
             measured.append(one)
-            progress.console.print(summary_line(one))
+            progress.console.print(summary_line(one), soft_wrap=True)
             progress.advance(task)
     return measured
 
@@ -123,8 +123,9 @@ def schedule(entered: Sequence[Peer], rounds: int) -> Iterator[tuple[Peer, Cell]
 
 def summary_line(one: Measured) -> str:
     window = one.window
+    times = f"p50 {window.p50_ms:.2f} ms, p99 {window.p99_ms:.2f} ms, longest {window.longest_ms:.0f} ms"
     failed = f", [red]{window.failed} failed: {window.errors}[/red]" if window.failed else ""
-    return f"{one.peer}: {one.cell.title}: {window.rate:,.1f}/s, p50 {window.p50_ms:.2f} ms, p99 {window.p99_ms:.2f} ms, longest {window.longest_ms:.0f} ms{failed}"
+    return f"{one.peer}: {one.cell.title}: {window.rate:,.1f}/s, {times}{failed}"
 
 
 def complaints(log: Path) -> list[str]:

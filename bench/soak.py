@@ -102,8 +102,9 @@ def soak_markdown(result: Soak) -> str:
     lines = [
         "## Memory over many requests\n",
         (
-            f"{verdict}: {window.total:,} requests, half of them streams of 16 chunks, at {window.connections} connections, "
-            f"{window.rate:,.0f} a second, {window.failed} failed, the longest took {window.longest_ms:,.0f} ms. Growth is the slope of a straight line through the last "
+            f"{verdict}: {window.total:,} requests, half of them streams of 16 chunks, at {window.connections} "
+            f"connections, {window.rate:,.0f} a second, {window.failed} failed, the longest took "
+            f"{window.longest_ms:,.0f} ms. Growth is the slope of a straight line through the last "
             f"{1 - SETTLED_FROM:.0%} of the requests; up to {FLAT_MIB:g} MiB counts as flat.\n"
         ),
         report.table(heads, rows),
