@@ -81,9 +81,8 @@ def up(
 
     configure("up")
     settings = load(config, ingress={"port": port})
-    asyncio.run(
-        _up(settings, home_folder(home or settings.home), config=config, nats_url=nats_url, ready_file=ready_file)
-    )
+    place = home_folder(home or os.environ.get("PENSTOCK_HOME") or settings.home)
+    asyncio.run(_up(settings, place, config=config, nats_url=nats_url, ready_file=ready_file))
 
 
 async def _up(

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgspec
 import nats
@@ -247,11 +248,15 @@ async def connect(
     Raises: SetupError if none can be had within *wait_s*, or the server is older than `SERVER_VERSION_MIN`.
     """
     connection = Connection(name)
+    login = urlsplit(url.split(",", maxsplit=1)[0])
     try:
         async with asyncio.timeout(wait_s):
             await connection.nc.connect(
                 servers=url.split(","),
                 name=name,
+                # Also for servers that the cluster tells of: their addresses come without the credential.
+                user=login.username if login.password else None,
+                password=login.password,
                 error_cb=connection._on_error,  # noqa: SLF001 - the factory is part of the class
                 disconnected_cb=connection._on_disconnected,  # noqa: SLF001
                 reconnected_cb=connection._on_reconnected,  # noqa: SLF001

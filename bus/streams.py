@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from typing import Any
 
-from bus.connection import ApiError, Connection
+import structlog
+
+from bus.connection import ApiError, BusUnavailable, Connection
 from schemas import subjects
 from schemas.jobs import Lane
 from schemas.settings import NatsSettings
+
+log = structlog.get_logger()
 
 SECOND_NS = 1_000_000_000
 STREAM_EXISTS = 10058  # "stream name already in use with a different configuration"
@@ -21,6 +26,9 @@ EVENTS_DUPLICATES_S = 600  # longer than the log tries a page again without look
 PAGE_MAX_BYTES = 512 * 1024  # with its headers
 ACK_WAIT_S = 5  # from the pull to Started
 CONSUMER_IDLE_S = 600
+UNAVAILABLE_STATUS = 503
+LEADERS_WAIT_S = 60.0  # a new cluster elects a leader for itself and for each stream, in 4 to 9 s if a vote is split
+LEADERS_RETRY_S = 0.25
 
 
 async def ensure_streams(connection: Connection, settings: NatsSettings) -> None:
@@ -32,6 +40,29 @@ async def ensure_streams(connection: Connection, settings: NatsSettings) -> None
     await _begin_jobs(connection, jobs)
     for config in (jobs, events_stream(settings), control_stream(settings)):
         await _ensure_stream(connection, config)
+
+
+async def await_streams(connection: Connection, settings: NatsSettings) -> None:
+    """`ensure_streams` for a process that starts: returns only when each stream answers, too.
+
+    In a cluster that has just started that takes an election or two.
+
+    Raises: ApiError, BusUnavailable when `LEADERS_WAIT_S` is over, or at once if JetStream refuses.
+    """
+    until = asyncio.get_running_loop().time() + LEADERS_WAIT_S
+    while True:
+        try:
+            await ensure_streams(connection, settings)
+            for stream in (subjects.JOBS, subjects.EVENTS, subjects.CONTROL):
+                await stream_state(connection, stream)  # only its leader answers
+        except (ApiError, BusUnavailable) as error:
+            refused = isinstance(error, ApiError) and error.status != UNAVAILABLE_STATUS
+            if refused or asyncio.get_running_loop().time() > until:
+                raise
+            log.info("streams_awaited", reason=error.message)
+            await asyncio.sleep(LEADERS_RETRY_S)
+        else:
+            return
 
 
 def jobs_stream(settings: NatsSettings) -> dict[str, Any]:

@@ -86,15 +86,16 @@ async def _state_org(control: ControlFeed, producer: str) -> None:
 
 async def _state_key(control: ControlFeed, key: str, role: Role, producer: str) -> None:
     hash_ = hash_key(key)
-    if control.state.key_of(hash_, now_ns=time.time_ns()) is not None:
-        return
+    key_id = KeyId(f"key_{hash_[:16]}")  # the same key given to several ingresses is one key
+    if key_id in control.state.keys:
+        return  # also when it was revoked or rotated since: a restart must not undo that
     await control.say(
         KeyStated(
             id=EventId(new_id()),
             ts_ns=time.time_ns(),
             by=BY_SETUP,
             producer=producer,
-            key_id=KeyId(f"key_{hash_[:16]}"),  # the same key given to several ingresses is one key
+            key_id=key_id,
             org=DEFAULT_ORG,
             role=role,
             name=f"{role.value} key of the setup",

@@ -19,7 +19,7 @@ from bus.control import ControlFeed
 from bus.log import EventLog
 from bus.publisher import Publisher
 from bus.queue import JobQueue
-from bus.streams import ensure_streams
+from bus.streams import await_streams, ensure_streams
 from ingress.app import build_app
 from ingress.bootstrap import Setup, state_setup
 from ingress.exchange import Services
@@ -56,7 +56,7 @@ async def run_ingress(
     """
     sock = _listening_socket(settings.ingress.host, settings.ingress.port, fd)
     connection = await connect(nats_url, name=name)
-    await ensure_streams(connection, settings.nats)
+    await await_streams(connection, settings.nats)
     connection.on_reconnect(lambda: ensure_streams(connection, settings.nats))  # JOBS lives in memory
     publisher = Publisher(connection)
     await publisher.start()

@@ -12,7 +12,7 @@ import structlog
 from bus.connection import BusUnavailable, Connection, Message
 from bus.log import EventLog
 from bus.puller import Puller
-from bus.streams import ensure_consumer, ensure_streams, job_consumer
+from bus.streams import await_streams, ensure_consumer, ensure_streams, job_consumer
 from schemas import codec, subjects
 from schemas.errors import PenstockError
 from schemas.events import AttemptFinished
@@ -111,7 +111,7 @@ class Worker:
 
     async def start(self) -> None:
         """Raises: ApiError, BusUnavailable."""
-        await ensure_streams(self._connection, self._nats_settings)
+        await await_streams(self._connection, self._nats_settings)
         self._outbox.start()
         for subject in (subjects.ctl(self.id), subjects.EVERY_WORKER):
             await self._connection.listen(subject, self._on_command)
