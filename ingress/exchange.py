@@ -167,9 +167,18 @@ class Exchange:
             self._limit.reschedule(self._loop.time())
 
     def _given_up(self) -> Ending:
-        gone = None if self._relay is None else self._relay.gone
-        self._stop(gone or "total_timeout")
-        return Broke(TotalTimeout()) if gone is None else Left(gone)
+        if self._relay is not None and self._relay.gone is not None:
+            return self._left(self._relay.gone)
+        self._stop("total_timeout")
+        return Broke(TotalTimeout())
+
+    def _left(self, reason: str) -> Left:
+        relay = self._relay
+        if relay is not None and relay.worker is not None and relay.started_at > 0 and self._started_at is None:
+            # It began while we were still waiting for the log; nobody has taken the frame that says so.
+            self._note_started(relay.worker, self.attempts, relay.started_at)
+        self._stop(reason)
+        return Left(reason)
 
     @staticmethod
     def _uncancel() -> None:
@@ -196,7 +205,7 @@ class Exchange:
             return await self._follow(relay, epoch)
         except (WorkerLost, BacklogFull) as error:
             if relay.gone is not None:
-                return Left(relay.gone)
+                return self._left(relay.gone)
             if isinstance(error, BacklogFull) or self._answer.delivered:
                 return Broke(error)
             self._note_lost(epoch, error)
@@ -217,8 +226,7 @@ class Exchange:
         while True:
             frames = await relay.take(min(self._deadline(), comment_at))
             if relay.gone is not None:
-                self._stop(relay.gone)
-                return Left(relay.gone)
+                return self._left(relay.gone)
             now = self._loop.time()
             if not frames:
                 if now >= self._deadline():
@@ -237,7 +245,7 @@ class Exchange:
         for frame in frames:
             match frame:
                 case Started():
-                    self._note_started(frame, epoch, relay.started_at)
+                    self._note_started(frame.worker, epoch, relay.started_at)
                 case Delta():
                     self._note_chunks(frame, now)
                     chunks.extend(frame.chunks)
@@ -400,9 +408,9 @@ class Exchange:
             price=self._plan.prices[0],
         )
 
-    def _note_started(self, frame: Started, epoch: int, at: float) -> None:
-        """*at* is when the frame came: it may have waited here for the acceptance to be on record."""
-        self._worker, self._started_at = frame.worker, at
+    def _note_started(self, worker: WorkerId, epoch: int, at: float) -> None:
+        """*at* is when Started came: it may have waited here for the acceptance to be on record."""
+        self._worker, self._started_at = worker, at
         queue_us = self._arrival.since_us(at)
         if self._queue_us is None:
             self._queue_us = queue_us
@@ -415,7 +423,7 @@ class Exchange:
                 epoch=epoch,
                 producer=self._s.log.producer,
                 route=self.route,
-                worker=frame.worker,
+                worker=worker,
                 queue_us=queue_us,
             )
         )

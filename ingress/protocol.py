@@ -8,6 +8,8 @@ one that stops reading: what is sent to it waits for room in its socket, and nev
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ from schemas.settings import IngressSettings
 CUT = "penstock.cut"  # in the scope's state: a function that ends the connection now, whatever has not been sent yet
 WRITE_TIMEOUT_S = 60.0  # for 48 KiB of what is sent to a client to be read by it
 
+RESET = struct.pack("ii", 1, 0)  # linger for no time: close with a reset
 _UPGRADE_HEADERS = frozenset({b"connection", b"upgrade", b"http2-settings"})
 _ERROR_TYPE = "invalid_request_error"
 
@@ -132,8 +135,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def cut(self) -> None:
         """Ends the connection now. What was written and not read yet is lost; whoever waits to write more goes on."""
+        if self.transport.is_closing():
+            return
         if self.cycle is not None:
             self.cycle.disconnected = True
+        # Without it the kernel would keep what it holds, megabytes, for as long as the client's side stays open.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.transport.abort()
 
     def _count(self, size: int) -> None:

@@ -96,7 +96,7 @@ class Relay:
         """The reader's client has gone, or can't keep up."""
         if self.gone is None:
             self.gone = reason
-            self._frames.clear()
+            self._frames, self._bytes = [], 0
             self._wake()
 
     def fail(self, error: PenstockError) -> None:
@@ -122,12 +122,12 @@ class Relay:
         self._expected += 1
         if self.gone is not None:
             return
-        self._bytes += size
-        if self._frames and self._bytes > self._max_bytes:
+        if self._bytes > self._max_bytes:  # and not with this frame: a big one alone says nothing of its reader
             self.leave("client_too_slow")
             if self._on_overflow is not None:
                 self._on_overflow()
             return
+        self._bytes += size
         self._frames.append(frame)
 
     def _hold(self, frame: AnyFrame, size: int) -> None:

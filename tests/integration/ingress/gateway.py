@@ -122,7 +122,7 @@ class Gateway:
         """Returns when nothing is left of any request: no relay, no slot taken, nothing running."""
         await eventually(lambda: len(self.ingress.switchboard) == 0, what="an empty switchboard")
         await eventually(lambda: self.route.free == self.route.slots, what="free slots")
-        await eventually(lambda: self.mock.answering == 0, what="an idle provider")
+        await eventually(lambda: not any(each._task for each in self.mock._live), what="an idle provider")
         await eventually(lambda: not self.ingress.server.state.tasks, what="no request's task")
 
     async def jobs_waiting(self, count: int) -> None:
