@@ -91,6 +91,20 @@ class ModelSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.upstream or self.name
 
 
+class VllmSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A route with ``provider = "vllm"``. With ``base_url`` in the route that server is used; without, one is started."""
+
+    model: str | None = (
+        None  # what is served: a Hugging Face name or a folder; default: the route's first model upstream
+    )
+    command: tuple[str, ...] = ("vllm",)
+    args: tuple[str, ...] = ()  # any further flags of `vllm serve`
+    environ: dict[str, str] = {}
+    gpus: str | None = None  # CUDA_VISIBLE_DEVICES; several are used together (tensor parallel)
+    start_timeout_s: float = 1800.0  # the first start may have to download the weights
+    idle_unload_s: float = 0.0  # unload the model when no job came for so long; 0: never
+
+
 class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A place that jobs can be sent to. *api_keys* are references: ``env:NAME`` or ``file:PATH``."""
 
@@ -102,6 +116,7 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has, free of charge
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
+    vllm: VllmSettings = VllmSettings()
 
 
 class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,12 +216,19 @@ def _from_file(config: Path) -> dict[str, Any]:
         raise SetupError(f"{config} is not TOML: {error}") from error
 
 
+NO_SETTINGS = frozenset({"PENSTOCK_LEDGER_URL"})  # where the commands find the ledger
+
+
 def _from_environ(environ: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """``PENSTOCK_INGRESS_MAX_BODY_BYTES=1`` is ``{"ingress": {"max_body_bytes": "1"}}``."""
     found: dict[str, dict[str, str]] = {}
     for section in SECTIONS:
         prefix = f"PENSTOCK_{section.upper()}_"
-        values = {k.removeprefix(prefix).lower(): v for k, v in environ.items() if k.startswith(prefix)}
+        values = {
+            k.removeprefix(prefix).lower(): v
+            for k, v in environ.items()
+            if k.startswith(prefix) and k not in NO_SETTINGS
+        }
         if values:
             found[section] = values
     return found

@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ROW = re.compile(r"^\| `([\w.]+)` \| (.*?) \|", re.MULTILINE)
 SAID_IN_WORDS = {
+    "routes.vllm.model",
+    "routes.vllm.environ",
+    "routes.vllm.gpus",
     "home",
     "routes.base_url",
     "routes.api_keys",
