@@ -67,6 +67,9 @@ def joined(chunks: Iterable[ChatCompletionChunk]) -> dict[int, dict[str, Any]]:
         if part.finish_reason is not None:
             assert choice["finish_reason"] is None, "a choice ends once"
             choice["finish_reason"] = part.finish_reason
+    for choice in choices.values():
+        # The engine leaves this mark in when the token after it comes in the same chunk, which is a matter of timing.
+        choice["reasoning"] = choice["reasoning"].removeprefix("<think>")
     return {
         index: {**choice, "calls": {i: "".join(parts) for i, parts in choice["calls"].items()}}
         for index, choice in choices.items()
