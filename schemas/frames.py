@@ -37,6 +37,8 @@ class Delta(Frame, frozen=True, kw_only=True, tag="delta"):
     chunks: tuple[Raw, ...]
     tokens: int = 0  # completion tokens in these chunks, as the worker counts them
     wait_us: int = 0  # on the first: microseconds that the worker waited for its provider
+    token_ids: tuple[int, ...] = ()  # of the only choice, where the engine gives them; never shown to the client
+    prompt_token_ids: tuple[int, ...] = ()  # on the first
 
 
 class Finished(Frame, frozen=True, kw_only=True, tag="finished"):
@@ -45,6 +47,8 @@ class Finished(Frame, frozen=True, kw_only=True, tag="finished"):
     chunks: tuple[Raw, ...] = ()
     tokens: int = 0
     wait_us: int = 0
+    token_ids: tuple[int, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
     usage: Usage | None = None  # the provider's own figure, None if it gave none
     usage_raw: Raw = NOT_TOLD  # the same as the provider wrote it, for the client
     finish_reason: str | None = None  # of the first choice

@@ -98,11 +98,26 @@ class Announce(Struct, frozen=True, kw_only=True, tag_field="t", tag="announce")
 Command = Cancel | Resend | Announce
 
 
+class ModelFingerprint(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What exactly a model is: an answer begun by one is only continued by one with the same fingerprint.
+
+    The hashes are the first 16 hex digits of SHA-256.
+    """
+
+    name: str  # as the engine was told, a Hugging Face name or a folder's last part
+    revision: str | None = None
+    tokenizer: str | None = None  # hash of the tokenizer's file
+    template: str | None = None  # hash of the chat template
+    weights: str | None = None  # hash of the configuration, which names architecture and sizes
+    quantisation: str | None = None
+
+
 class ModelOffer(Struct, frozen=True, kw_only=True):
     """A model that a worker serves on a route, and at what price."""
 
     name: str
     price: Price
+    fingerprint: ModelFingerprint | None = None
 
 
 class RouteOffer(Struct, frozen=True, kw_only=True):

@@ -28,7 +28,8 @@ log = structlog.get_logger()
 
 CHUNKS_PER_FRAME_MAX = 256
 FRAME_CHUNKS_BYTES_MAX = 1024 * 1024  # of the chunks that share a frame; a larger one has a frame of its own
-ENVELOPE_MAX_BYTES = 32 * 1024  # what a frame has besides its chunks
+ENVELOPE_MAX_BYTES = 512 * 1024  # what a frame has besides its chunks; most of it room for the prompt's token ids
+PROMPT_IDS_MAX = 48 * 1024  # a longer prompt is not carried, and its answer not continued exactly
 USAGE_MAX_BYTES = 16 * 1024
 KEPT_REPORTS_MAX = 2048  # finished attempts whose frames can still be asked for
 KEPT_REPORTS_MAX_BYTES = 64 * 1024 * 1024
@@ -48,6 +49,8 @@ class Reporter:
         self._chunks: list[Raw] = []
         self._tokens = 0
         self._wait_us = 0
+        self._token_ids: list[int] = []
+        self._prompt_token_ids: tuple[int, ...] = ()
         self._usage_raw: bytes | None = None
         self._last: Outcome | None = None
         self._kept: OrderedDict[int, bytes] = OrderedDict()
@@ -85,6 +88,9 @@ class Reporter:
             self._chunks.append(Raw(chunk.members))
             self._tokens += chunk.tokens
             self.tokens += chunk.tokens
+            self._token_ids += chunk.token_ids
+            if chunk.prompt_token_ids and len(chunk.prompt_token_ids) <= PROMPT_IDS_MAX:
+                self._prompt_token_ids = chunk.prompt_token_ids
             if self._outbox.wants(self):
                 self._outbox.mark(self)
 
@@ -132,6 +138,8 @@ class Reporter:
             chunks=tuple(chunks),
             tokens=self._spend(),
             wait_us=self._spend_wait(),
+            token_ids=self._spend_ids(),
+            prompt_token_ids=self._spend_prompt(),
         )
 
     def _last_frame(self, outcome: Outcome) -> LastFrame | None:
@@ -146,6 +154,8 @@ class Reporter:
                     chunks=tuple(chunks),
                     tokens=self._spend(),
                     wait_us=self._spend_wait(),
+                    token_ids=self._spend_ids(),
+                    prompt_token_ids=self._spend_prompt(),
                     usage=usage,
                     usage_raw=NOT_TOLD if self._usage_raw is None else Raw(self._usage_raw),
                     finish_reason=finish_reason,
@@ -180,6 +190,14 @@ class Reporter:
     def _spend(self) -> int:
         tokens, self._tokens = self._tokens, 0
         return tokens
+
+    def _spend_ids(self) -> tuple[int, ...]:
+        ids, self._token_ids = tuple(self._token_ids), []
+        return ids
+
+    def _spend_prompt(self) -> tuple[int, ...]:
+        ids, self._prompt_token_ids = self._prompt_token_ids, ()
+        return ids
 
     def _spend_wait(self) -> int:
         wait_us, self._wait_us = self._wait_us, 0

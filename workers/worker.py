@@ -69,7 +69,10 @@ class Route:
         self.down: str | None = None  # why it takes no jobs at the moment
 
     def offer(self) -> RouteOffer:
-        models = tuple(ModelOffer(name=model.name, price=model.price) for model in self.models)
+        models = tuple(
+            ModelOffer(name=model.name, price=model.price, fingerprint=self.provider.fingerprint(model.name))
+            for model in self.models
+        )
         return RouteOffer(
             route=self.id,
             provider=self.provider.name,

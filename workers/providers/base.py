@@ -11,7 +11,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from schemas.jobs import Job
+from schemas.jobs import Job, ModelFingerprint
 from schemas.money import Usage
 
 
@@ -30,6 +30,8 @@ class Chunk(Struct, frozen=True, gc=False):
     usage: Usage | None = None
     usage_raw: bytes | None = None
     upstream_id: str | None = None
+    token_ids: tuple[int, ...] = ()  # of the only choice, where the engine gives them
+    prompt_token_ids: tuple[int, ...] = ()  # once, on the first chunk
 
 
 Tell = Callable[[str | None], None]  # why the provider can't serve at the moment; None: it can
@@ -54,6 +56,10 @@ class Provider(Protocol):
 
     async def models(self) -> tuple[str, ...]:
         """The names that it serves, asked for when the configuration names none. Raises: Fault."""
+        ...
+
+    def fingerprint(self, model: str) -> ModelFingerprint | None:
+        """What exactly answers under the public name *model*, where that is known."""
         ...
 
     def attach(self, tell: Tell) -> None:

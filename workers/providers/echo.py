@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Iterator
 
 import msgspec
 
-from schemas.jobs import Job
+from schemas.jobs import Job, ModelFingerprint
 from schemas.money import Usage
 from schemas.settings import ModelSettings, RouteSettings
 from workers.providers.base import Chunk, Tell
@@ -69,6 +69,9 @@ class Echo:
 
     async def models(self) -> tuple[str, ...]:
         return (self.name,)
+
+    def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
+        return None
 
     def attach(self, tell: Tell) -> None:
         """It can always serve."""

@@ -15,7 +15,7 @@ import yarl
 from msgspec import Raw, Struct
 
 from schemas.errors import ProviderNonsense, ProviderRejected, SetupError
-from schemas.jobs import Job
+from schemas.jobs import Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings, secret
 from workers.providers.base import Chunk, Tell
 from workers.providers.openai_chunks import ChunkReader
@@ -104,6 +104,9 @@ class OpenAI:
             raise ProviderNonsense("The provider answered with something that is not a list of models.") from error
         finally:
             answer.close()
+
+    def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
+        return None
 
     def attach(self, tell: Tell) -> None:
         """Whether it can serve shows with each request."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import aiohttp
 import yarl
@@ -29,8 +30,16 @@ class Upstream:
     """
 
     def __init__(
-        self, base_url: str, headers: Mapping[str, str], *, max_concurrency: int, settings: WorkerSettings
+        self,
+        base_url: str,
+        headers: Mapping[str, str],
+        *,
+        max_concurrency: int,
+        settings: WorkerSettings,
+        socket: Path | None = None,
     ) -> None:
+        """With *socket* the server is behind that Unix socket, and *base_url* only names it."""
+        self._socket = socket
         self._base_url = yarl.URL(base_url)
         self._urls: dict[str, yarl.URL] = {}
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "penstock", **headers}
@@ -72,12 +81,17 @@ class Upstream:
             self._urls[path] = self._base_url.with_path(whole, encoded=True, keep_query=True)
         return self._urls[path]
 
+    def _connector(self) -> aiohttp.BaseConnector:
+        if self._socket is None:
+            return aiohttp.TCPConnector(limit=self._max_concurrency, keepalive_timeout=KEEP_ALIVE_S)
+        return aiohttp.UnixConnector(str(self._socket), limit=self._max_concurrency, keepalive_timeout=KEEP_ALIVE_S)
+
     def _open(self) -> aiohttp.ClientSession:
         if self._closed:
             raise ProviderUnreachable("This provider was closed.")
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._max_concurrency, keepalive_timeout=KEEP_ALIVE_S),
+                connector=self._connector(),
                 headers=self._headers,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout_s),
