@@ -18,7 +18,7 @@ import structlog
 import uvicorn
 
 from bus.connection import connect
-from bus.streams import ensure_streams
+from bus.streams import await_streams
 from ledger.query import Queries
 from ledger.server import build_app
 from ledger.store import FILE, Store
@@ -30,7 +30,7 @@ from schemas.settings import MIB, LedgerSettings, Settings
 log = structlog.get_logger()
 
 DATA_HEADROOM_BYTES = 1024 * MIB  # what the process may have beyond the queries' memory and results
-HTTP_STOP_S = 5
+HTTP_STOP_S = 1
 KEEP_ALIVE_S = 30
 BACKLOG = 512
 
@@ -56,11 +56,11 @@ async def run_ledger(settings: Settings, place: Place) -> None:
         loop.add_signal_handler(number, stop.set)
     bound_memory(settings.ledger)
     store = Store.open(place.home / FILE, settings.ledger)
+    queries = Queries(store.cursor, settings.ledger)
     try:
         connection = await connect(place.nats_url, name="ledger")
         try:
-            await ensure_streams(connection, settings.nats)
-            queries = Queries(store.cursor, settings.ledger)
+            await await_streams(connection, settings.nats)
             writer = Writer(
                 connection, store, batch_pages=settings.ledger.batch_pages, free_memory=queries.interrupt_all
             )
@@ -83,17 +83,22 @@ async def run_ledger(settings: Settings, place: Place) -> None:
     finally:
         store.close()
     log.info("ledger_stopped")
+    if queries.running:  # one that can't be interrupted: the interpreter would wait for its thread
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def _serve(
     server: uvicorn.Server, sock: socket.socket, *, writer: Writer, queries: Queries, stop: asyncio.Event, place: Place
 ) -> None:
     storing = asyncio.create_task(writer.run(), name="writer")
-    serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
     stopping = asyncio.create_task(stop.wait(), name="stop")
+    knowing = asyncio.create_task(writer.keys_known(), name="keys")
+    await asyncio.wait([storing, stopping, knowing], return_when=asyncio.FIRST_COMPLETED)
+    serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
     url = url_of(sock)
     log.info("ledger_started", url=url, **{name.lower(): c.last_position for name, c in writer.cursors.items()})
-    if place.ready_file is not None:
+    if place.ready_file is not None and knowing.done():
         write_private(place.ready_file, msgspec.json.encode({"url": url, "pid": os.getpid()}) + b"\n")
     try:
         await asyncio.wait([storing, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -104,6 +109,7 @@ async def _serve(
         server.should_exit = True
         await serving
         stopping.cancel()
+        knowing.cancel()
 
 
 class _Server(uvicorn.Server):

@@ -76,7 +76,9 @@ def build_app(writer: Writer, queries: Queries, *, now_ns: Callable[[], int] = t
             name: {"position": cursor.last_position, "stream_seq": cursor.last_seq, "pending": pending[name]}
             for name, cursor in writer.cursors.items()
         }
-        return _json(200 if writer.caught_up else 503, {"ready": writer.caught_up, "logs": logs})
+        return _json(
+            200 if writer.caught_up else 503, {"ready": writer.caught_up, "logs": logs, "queries": queries.running}
+        )
 
     routes = [
         Route("/v1/sql", sql, methods=["POST"]),

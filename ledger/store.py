@@ -75,8 +75,14 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Writes what is in the write-ahead log into the file, and lets go of it."""
-        self._connection.close()
+        """Writes what is in the write-ahead log into the file, and lets go of it.
+
+        While a query still runs that can't be interrupted, the file stays open: the log beside it has everything.
+        """
+        try:
+            self._connection.close()
+        except duckdb.ResourceInUseException:
+            log.warning("file_left_open")
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection of its own to the same database, for one query."""

@@ -24,7 +24,7 @@ from schemas.errors import PenstockError, SetupError
 
 log = structlog.get_logger()
 
-IDLE_WAIT_S = 0.5  # how long a read waits before it looks whether to stop
+IDLE_WAIT_S = 0.1  # how long a read waits before it looks whether to stop
 FULL_BATCH = 256  # so many messages at once: there are more, so the next commit doesn't wait
 GATHER_MAX_S = 0.1
 GATHER_SHARE = 8  # a small commit is followed by up to so many times its own length of gathering
@@ -53,7 +53,7 @@ class Writer:
         self._readers: dict[str, OrderedReader] = {}
         self._unsure: set[str] = set()  # streams that may have been replaced while we were disconnected
         self._stopping = asyncio.Event()
-        self._caught_up: dict[str, bool] = {}
+        self._caught_up = {name: asyncio.Event() for name in (subjects.CONTROL, subjects.EVENTS)}
 
     @property
     def cursors(self) -> dict[str, Cursor]:
@@ -62,7 +62,11 @@ class Writer:
     @property
     def caught_up(self) -> bool:
         """Everything that was in the streams when this began is stored."""
-        return bool(self._caught_up) and all(self._caught_up.values())
+        return all(event.is_set() for event in self._caught_up.values())
+
+    async def keys_known(self) -> None:
+        """Returns when everything stated before the start is folded: before that, nobody's key would be known."""
+        await self._caught_up[subjects.CONTROL].wait()
 
     async def start(self) -> None:
         """Checks that the streams go on where the ledger ended, and begins to read.
@@ -75,7 +79,9 @@ class Writer:
             cursor = await self._same_stream(self._store.read_cursor(name))
             reader = OrderedReader(self._connection, stream=name, after=cursor.last_seq)
             await reader.start()
-            self._cursors[name], self._readers[name], self._caught_up[name] = cursor, reader, False
+            self._cursors[name], self._readers[name] = cursor, reader
+            if reader.caught_up:
+                self._caught_up[name].set()
         self._connection.on_reconnect(self._doubt)
 
     async def run(self) -> None:
@@ -112,11 +118,12 @@ class Writer:
             messages = await reader.batch(max_messages=self._batch_pages, wait_s=self._wait_s())
             if messages:
                 took_s = await self._store_batch(name, messages)
-                self._caught_up[name] = self._caught_up[name] or reader.caught_up
+                if reader.caught_up:
+                    self._caught_up[name].set()
                 if len(messages) < FULL_BATCH:
                     await self._gather(took_s)
-            else:
-                self._caught_up[name] = self._caught_up[name] or await self._nothing_left(reader)
+            elif not self._caught_up[name].is_set() and await self._nothing_left(reader):
+                self._caught_up[name].set()
             if self._stopping.is_set():
                 drain_until = drain_until or time.monotonic() + DRAIN_S
                 if time.monotonic() > drain_until:

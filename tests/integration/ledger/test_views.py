@@ -17,6 +17,11 @@ from schemas.money import Price, Usage
 from tests.integration.ledger.conftest import Log, records, rows
 from tests.unit.ledger import samples
 
+
+def at(time: str) -> datetime:
+    return datetime.fromisoformat(f"2026-11-20T{time}")
+
+
 REQUEST = UUID(samples.uuid(1))
 
 
@@ -34,8 +39,8 @@ def test_a_finished_request_has_every_column(store: Store, log: Log) -> None:
         "http_status": 200,
         "code": None,
         "stream": True,
-        "accepted_at": datetime(2026, 11, 20, 12, 0, 0, 100_000),
-        "finished_at": datetime(2026, 11, 20, 12, 0, 0, 145_000),
+        "accepted_at": at("12:00:00.100"),
+        "finished_at": at("12:00:00.145"),
         "queue_ms": 2.0,
         "first_token_ms": 7.5,
         "duration_ms": 45.0,
@@ -66,7 +71,7 @@ def test_an_accepted_request_is_open_until_it_ends(store: Store, log: Log) -> No
     log.write([samples.accepted()])
     [row] = records(store, "from requests")
     assert (row["status"], row["model"], row["key_id"]) == ("open", "m", "key_1")
-    assert row["accepted_at"] == datetime(2026, 11, 20, 12, 0, 0, 100_000)
+    assert row["accepted_at"] == at("12:00:00.100")
     assert row["cost_usd"] is None
     log.write([samples.finished(status="cancelled", code="client_left", http_status=499)])
     [row] = records(store, "from requests")
@@ -111,8 +116,8 @@ def test_an_attempt_has_what_both_witnesses_say(store: Store, log: Log) -> None:
         "upstream_model": "theirs",
         "outcome": "completed",
         "code": None,
-        "started_at": datetime(2026, 11, 20, 12, 0, 0, 102_000),
-        "finished_at": datetime(2026, 11, 20, 12, 0, 0, 142_000),
+        "started_at": at("12:00:00.102"),
+        "finished_at": at("12:00:00.142"),
         "queue_ms": 2.0,
         "first_token_ms": 5.0,
         "duration_ms": 40.0,
@@ -149,7 +154,7 @@ def test_a_receipt_that_comes_after_the_loss_is_still_a_loss(store: Store, log: 
 def test_a_receipt_whose_start_never_came_has_a_start_by_its_own_account(store: Store, log: Log) -> None:
     log.write([samples.receipt(usage=None)])
     [row] = records(store, "from attempts")
-    assert row["started_at"] == datetime(2026, 11, 20, 12, 0, 0, 102_000)
+    assert row["started_at"] == at("12:00:00.102")
     assert (row["queue_ms"], row["prompt_tokens"], row["tokens_sent"]) == (None, None, 10)
 
 

@@ -69,8 +69,9 @@ async def test_it_begins_with_everything_that_was_said_before_it_was_there(
     for number in range(1, 1501):
         await publisher.publish("events.test", samples.page(samples.accepted(number)), timeout_s=5)
     async with ledger_up(nats_server, home, publisher) as ledger:
+        assert not ledger.writer.caught_up
+        await eventually(lambda: ledger.writer.caught_up, what="it has caught up")
         await stored(ledger, 1500)
-        assert ledger.writer.caught_up
 
 
 async def test_stopping_stores_what_is_still_to_be_had(

@@ -1,4 +1,4 @@
-"""The ledger's process killed with -9 at any moment: every event is stored exactly once."""
+"""The ledger's process as an operator runs it: killed at any moment, stopped, misled, and asked for too much."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import duckdb
@@ -23,6 +24,7 @@ from ledger.client import Ledger, ask, table_of
 from ledger.store import FILE
 from schemas import codec
 from schemas.control import Role
+from schemas.errors import SetupError
 from schemas.ids import EventId, RequestId, new_id
 from tests.integration.ledger.conftest import ANALYST_KEY, sha256
 from tests.unit.ledger import samples
@@ -52,7 +54,7 @@ class LedgerProcess:
                 env=self._environ,
                 stdout=log,
                 stderr=log,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call
             )
 
     async def ready(self) -> Ledger:
@@ -74,6 +76,11 @@ class LedgerProcess:
 async def give_key(publisher: Publisher) -> None:
     key = samples.key_stated(sha256(ANALYST_KEY), key_id="key_analyst", role=Role.ANALYST)
     await publisher.publish("control.key.key_analyst", codec.encode(key), timeout_s=5)
+
+
+def queries_of(ledger: Ledger) -> int:
+    with urllib.request.urlopen(f"{ledger.url}/readyz", timeout=5) as response:
+        return int(msgspec.json.decode(response.read())["queries"])
 
 
 async def publish_until(stop: asyncio.Event, event_log: EventLog) -> set[str]:
@@ -148,6 +155,43 @@ async def test_sigterm_stores_what_was_said_before_and_ends_in_peace(
     assert not (home / FILE).with_suffix(".duckdb.wal").exists()
     levels = {msgspec.json.decode(line)["level"] for line in process.log.read_bytes().splitlines()}
     assert levels <= {"debug", "info"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the bound on a process's memory is Linux's")
+async def test_a_query_that_asks_for_gigabytes_fails_alone(
+    nats_server: EmbeddedServer, connection: Connection, publisher: Publisher, home: Path
+) -> None:
+    """Some functions allocate what the database's own limit doesn't count; the process has a limit, too."""
+    await give_key(publisher)
+    process = LedgerProcess(nats_server.url, home)
+    process.start()
+    ledger = await process.ready()
+    for value in ("repeat('x', 3000000000)", "range(500000000)"):
+        with pytest.raises(SetupError, match="memory"):
+            await asyncio.to_thread(ask, ledger, f"select length({value})")
+    await publisher.publish("events.test", samples.page(*samples.whole()), timeout_s=5)
+
+    def count() -> int:
+        return int(table_of(ask(ledger, "select count(*) from requests")).rows[0][0])
+
+    await eventually(lambda: asyncio.to_thread(lambda: count() == 1), what="it still stores and answers")
+    assert await process.end(signal.SIGTERM) == 0
+
+
+async def test_a_query_that_cannot_be_interrupted_does_not_hold_the_end_up(
+    nats_server: EmbeddedServer, connection: Connection, publisher: Publisher, home: Path
+) -> None:
+    await give_key(publisher)
+    process = LedgerProcess(nats_server.url, home)
+    process.start()
+    ledger = await process.ready()
+    await publisher.publish("events.test", samples.page(*samples.whole()), timeout_s=5)
+    asking = asyncio.create_task(asyncio.to_thread(ask, ledger, "select length(lpad('x', 2000000000, 'y'))"))
+    await eventually(lambda: asyncio.to_thread(queries_of, ledger), what="the query runs")
+    assert await process.end(signal.SIGTERM) == 0
+    await asyncio.gather(asking, return_exceptions=True)
+    with duckdb.connect(str(home / FILE)) as database:
+        assert database.execute("select count(*) from events where log = 'EVENTS'").fetchall() == [(4,)]
 
 
 async def test_a_gap_ends_the_process_with_a_line_that_says_why(
