@@ -22,7 +22,7 @@ from schemas.ids import new_name
 
 WINDOW = 512  # messages asked for and not handed out yet
 READER_IDLE_S = 30
-SHORT_LOOKS_MAX = 20
+SHORT_LOOKS_MAX = 10
 SHORT_LOOK_EVERY_S = 0.1
 
 
