@@ -26,8 +26,9 @@ Lost = Callable[[WorkerId], None]
 class Fleet:
     """The workers that have been heard of lately. `offers` answers in one look-up: it is asked for every request."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, lost_after_s: float = LOST_AFTER_S) -> None:
         self._connection = connection
+        self._lost_after_s = lost_after_s
         self._heard: dict[WorkerId, tuple[Presence, float]] = {}
         self._offers: dict[str, dict[RouteId, Price]] = {}
         self._known: set[str] = set()  # every model that was ever offered, so that "not now" isn't "never"
@@ -115,7 +116,7 @@ class Fleet:
             if not self._connection.is_up:
                 continue  # silence is ours, not theirs
             now = self._loop.time()
-            for worker in [w for w, (_, at) in self._heard.items() if now - at > LOST_AFTER_S]:
+            for worker in [w for w, (_, at) in self._heard.items() if now - at > self._lost_after_s]:
                 self._forget(worker, reason="silent")
 
 

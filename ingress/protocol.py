@@ -38,7 +38,7 @@ class BoundedProtocol(HttpToolsProtocol):
     max_header_bytes: ClassVar[int]
     header_timeout_s: ClassVar[float]
     max_connections: ClassVar[int]
-    write_timeout_s: ClassVar[float] = WRITE_TIMEOUT_S
+    write_timeout_s: ClassVar[float]
 
     _header_bytes = 0  # of what the parser told of
     _raw_bytes = 0  # of what came while the header was not complete
@@ -188,12 +188,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._write_timer = None
 
 
-def bounded_protocol(settings: IngressSettings) -> type[BoundedProtocol]:
+def bounded_protocol(settings: IngressSettings, *, write_timeout_s: float = WRITE_TIMEOUT_S) -> type[BoundedProtocol]:
     """The protocol class with the bounds of *settings*, for uvicorn's ``http``."""
     bounds = {
         "max_header_bytes": settings.max_header_bytes,
         "header_timeout_s": settings.header_timeout_s,
         "max_connections": settings.max_connections,
+        "write_timeout_s": write_timeout_s,
     }
     return type("ConfiguredProtocol", (BoundedProtocol,), bounds)
 

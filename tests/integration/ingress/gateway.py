@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import aiohttp
 import msgspec
 import openai
 import uvicorn
-from aiohttp import ClientSession
 from uvicorn.server import ServerState
 
 from bus.connection import Connection, Message, connect
@@ -23,8 +23,8 @@ from bus.streams import ensure_streams
 from ingress.app import build_app
 from ingress.bootstrap import Setup, state_setup
 from ingress.exchange import Services
-from ingress.fleet import Fleet
-from ingress.protocol import bounded_protocol
+from ingress.fleet import LOST_AFTER_S, Fleet
+from ingress.protocol import WRITE_TIMEOUT_S, bounded_protocol
 from ingress.relay import Switchboard
 from schemas.control import Role
 from schemas.ids import IngressId, RouteId, WorkerId, new_name
@@ -49,8 +49,8 @@ Event = dict[str, Any]
 class HttpServer:
     """uvicorn's protocol on a free port, without its main loop, which looks only every 100 ms whether it should stop."""
 
-    def __init__(self, app: Any, settings: IngressSettings) -> None:
-        self._protocol = bounded_protocol(settings)
+    def __init__(self, app: Any, settings: IngressSettings, *, write_timeout_s: float) -> None:
+        self._protocol = bounded_protocol(settings, write_timeout_s=write_timeout_s)
         self._config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False)
         self._config.load()
         self.state = ServerState()
@@ -142,6 +142,11 @@ def bearer(key: str = CLIENT_KEY) -> Headers:
     return {"authorization": f"Bearer {key}"}
 
 
+def headers_of(response: aiohttp.ClientResponse) -> Headers:
+    """With names in lower case."""
+    return {name.lower(): value for name, value in response.headers.items()}
+
+
 def body(content: str = "one two three", **members: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **members}
 
@@ -162,7 +167,12 @@ def route_settings(mock: MockProvider, *, slots: int = SLOTS) -> RouteSettings:
 
 @contextlib.asynccontextmanager
 async def ingress_up(
-    nats_url: str, *, settings: IngressSettings, routes: tuple[RouteSettings, ...] = ()
+    nats_url: str,
+    *,
+    settings: IngressSettings,
+    routes: tuple[RouteSettings, ...] = (),
+    write_timeout_s: float = WRITE_TIMEOUT_S,
+    lost_after_s: float = LOST_AFTER_S,
 ) -> AsyncIterator[IngressUnderTest]:
     """An ingress put together as ingress/process.py does it, but in this process and without signal handlers."""
     name = IngressId(new_name("ingress"))
@@ -178,7 +188,7 @@ async def ingress_up(
     await state_setup(control, setup, producer=name)
     switchboard = Switchboard(connection, ingress=name, max_bytes_per_relay=settings.max_buffered_bytes)
     await switchboard.start()
-    fleet = Fleet(connection)
+    fleet = Fleet(connection, lost_after_s=lost_after_s)
     fleet.on_lost(switchboard.lose)
     await fleet.start()
     services = Services(
@@ -190,7 +200,7 @@ async def ingress_up(
         keep_alive_comment_s=settings.keep_alive_comment_s,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings)
-    server = HttpServer(app, settings)
+    server = HttpServer(app, settings, write_timeout_s=write_timeout_s)
     port = await server.start()
     try:
         yield IngressUnderTest(
@@ -245,10 +255,12 @@ async def gateway_up(
     ingress: IngressSettings | None = None,
     worker: WorkerSettings | None = None,
     slots: int = SLOTS,
+    **bounds: float,
 ) -> AsyncIterator[Gateway]:
+    """*bounds* are those of `ingress_up`."""
     route = route_settings(mock, slots=slots)
     async with (
-        ingress_up(nats_url, settings=ingress or IngressSettings(), routes=(route,)) as up,
+        ingress_up(nats_url, settings=ingress or IngressSettings(), routes=(route,), **bounds) as up,
         worker_up(nats_url, route, settings=worker) as (running, served),
     ):
         made = Gateway(nats_url=nats_url, mock=mock, ingress=up, worker=running, route=served)
@@ -276,7 +288,7 @@ def timeouts(**changes: float) -> Timeouts:
 class Lines:
     """The events of a stream as they come over the wire, without any SDK between."""
 
-    def __init__(self, session: ClientSession, url: str, given: dict[str, Any], key: str = CLIENT_KEY) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, given: dict[str, Any], key: str = CLIENT_KEY) -> None:
         self._request = session.post(url, json=given, headers=bearer(key))
         self.headers: Headers = {}
         self.status = 0
@@ -284,7 +296,7 @@ class Lines:
     async def __aenter__(self) -> Self:
         self._response = await self._request.__aenter__()
         self.status = self._response.status
-        self.headers = {name.lower(): value for name, value in self._response.headers.items()}
+        self.headers = headers_of(self._response)
         return self
 
     async def __aexit__(self, *error: object) -> None:

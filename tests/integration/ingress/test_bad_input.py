@@ -24,6 +24,7 @@ from tests.integration.ingress.gateway import (
     Wire,
     bearer,
     body,
+    headers_of,
     ingress_up,
     route_settings,
     sdk,
@@ -86,15 +87,13 @@ async def test_a_body_that_is_not_a_request_is_a_400_that_names_what_is_wrong(
     for raw, param in BAD_BODIES:
         async with session.post(gateway.chat_url, data=raw, headers=bearer()) as response:
             assert response.status == 400, raw[:80]
-            error = await _check(gateway, _lower(response), await response.json(), status=400, code="invalid_request")
+            error = await _check(
+                gateway, headers_of(response), await response.json(), status=400, code="invalid_request"
+            )
             assert error["type"] == "invalid_request_error"
             assert error["param"] == param, (raw[:80], error)
     assert not mock.seen
     assert not [e for e in gateway.events if e["kind"] != "request.rejected"]
-
-
-def _lower(response: aiohttp.ClientResponse) -> Headers:
-    return {name.lower(): value for name, value in response.headers.items()}
 
 
 async def test_the_sdk_raises_the_class_of_each_refusal(gateway: Gateway) -> None:
@@ -121,7 +120,9 @@ async def test_an_unknown_model_is_a_404(gateway: Gateway, session: aiohttp.Clie
     for model in ("nobody/knows", "m" * 5000, "a.b.*.>", "\u2603", MODEL + " "):
         async with session.post(gateway.chat_url, json=body() | {"model": model}, headers=bearer()) as response:
             assert response.status == 404
-            error = await _check(gateway, _lower(response), await response.json(), status=404, code="model_not_found")
+            error = await _check(
+                gateway, headers_of(response), await response.json(), status=404, code="model_not_found"
+            )
             assert error["param"] == "model"
 
 
@@ -159,7 +160,7 @@ async def test_without_a_key_that_we_know_it_is_a_401(
     async with session.post(gateway.chat_url, json=body(), headers=headers) as response:
         assert response.status == 401
         assert response.headers["www-authenticate"] == "Bearer"
-        await _check(gateway, _lower(response), await response.json(), status=401, code="invalid_api_key")
+        await _check(gateway, headers_of(response), await response.json(), status=401, code="invalid_api_key")
     async with session.get(f"{gateway.base_url}/models", headers=headers) as response:
         assert response.status == 401
 
@@ -203,7 +204,7 @@ async def test_a_key_stops_working_when_it_is_revoked_rotated_or_expired(
     await soon(over, what="the key's expiry")
     async with session.post(gateway.chat_url, json=body(), headers=bearer(lasting["key"])) as response:
         assert response.status == 401
-        await _check(gateway, _lower(response), await response.json(), status=401, code="invalid_api_key")
+        await _check(gateway, headers_of(response), await response.json(), status=401, code="invalid_api_key")
 
 
 async def test_a_body_over_the_limit_is_a_413_and_the_connection_is_closed(open_gateway: OpenGateway) -> None:
@@ -349,7 +350,7 @@ async def test_another_method_on_the_chat_path_is_a_405(
     async with session.request(method, gateway.chat_url, headers=bearer()) as response:
         assert response.status == 405
         assert response.headers["allow"] == "POST"
-        await _check(gateway, _lower(response), await response.json(), status=405, code="method_not_allowed")
+        await _check(gateway, headers_of(response), await response.json(), status=405, code="method_not_allowed")
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions", "/v2/chat/completions", "/v1/chat/completions/x"])
@@ -384,7 +385,7 @@ async def test_more_requests_than_the_bound_are_a_503_and_room_comes_back(
         async with session.post(gateway.chat_url, json=body(), headers=bearer()) as response:
             assert response.status == 503
             assert int(response.headers["retry-after"]) >= 1
-            await _check(gateway, _lower(response), await response.json(), status=503, code="overloaded")
+            await _check(gateway, headers_of(response), await response.json(), status=503, code="overloaded")
     await gateway.quiet()
     mock.script()
     async with session.post(gateway.chat_url, json=body(), headers=bearer()) as response:

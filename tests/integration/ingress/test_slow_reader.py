@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from ingress.problems import CLIENT_LEFT_STATUS
-from ingress.protocol import BoundedProtocol
 from schemas.settings import IngressSettings
 from tests.integration.ingress.gateway import CLIENT_KEY, Gateway, OpenGateway, bearer, body
 from tests.mock_provider import MockProvider
@@ -96,10 +95,10 @@ async def test_a_client_that_reads_late_but_in_time_gets_everything(
 
 
 async def test_the_end_of_an_answer_that_nobody_reads_does_not_wait_for_ever(
-    open_gateway: OpenGateway, mock: MockProvider, hasty_writing: None
+    open_gateway: OpenGateway, mock: MockProvider
 ) -> None:
     """All of it fits into the relay's bound, so nothing overflows: only the last write never gets room."""
-    gateway = await open_gateway(ingress=IngressSettings(max_buffered_bytes=64 * 1024 * 1024))
+    gateway = await open_gateway(ingress=IngressSettings(max_buffered_bytes=64 * 1024 * 1024), write_timeout_s=0.3)
     mock.script(text=TEXT)
     async with _client_that_reads_nothing(gateway, body(stream=True)):
         event = await gateway.ending()
@@ -108,11 +107,6 @@ async def test_the_end_of_an_answer_that_nobody_reads_does_not_wait_for_ever(
     async with _client_that_reads_nothing(gateway, body()):
         await eventually(lambda: len([e for e in gateway.events if e["kind"] == "request.finished"]) == 2)
         await gateway.quiet()
-
-
-@pytest.fixture
-def hasty_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BoundedProtocol, "write_timeout_s", 0.3)
 
 
 async def test_a_big_frame_for_a_client_that_reads_is_no_overflow(
