@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from schemas.errors import SetupError
-from schemas.ids import WorkerId, new_name
-from schemas.settings import load, with_builtin_routes
+from schemas.ids import RouteId, WorkerId, new_name
+from schemas.settings import ModelSettings, RouteSettings, VllmSettings, load, with_builtin_routes
 
 
 @click.command(
@@ -21,8 +21,25 @@ from schemas.settings import load, with_builtin_routes
 @click.option("--route", "only", multiple=True, help="Serve this route alone; may be given again. Default: all.")
 @click.option("--name", help="This worker's name; one word, new at each start by default.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Written once jobs are taken.")
+@click.option(
+    "--model", help="Serve this model (a Hugging Face name or a folder) with a vLLM of its own, and nothing else."
+)
+@click.option(
+    "--vllm-arg", "vllm_args", multiple=True, help="A flag for `vllm serve`, such as --vllm-arg=--max-model-len=8192."
+)
+@click.option(
+    "--slots", type=click.IntRange(1, 4096), default=64, show_default=True, help="With --model: answers at once."
+)
 def worker(
-    nats_url: str, config: Path | None, only: tuple[str, ...], name: str | None, ready_file: Path | None
+    *,
+    nats_url: str,
+    config: Path | None,
+    only: tuple[str, ...],
+    name: str | None,
+    ready_file: Path | None,
+    model: str | None,
+    vllm_args: tuple[str, ...],
+    slots: int,
 ) -> None:
     """Run one worker: jobs in, tokens and receipts out.
 
@@ -36,7 +53,9 @@ def worker(
     configure("worker")
     settings = load(config)
     routes = with_builtin_routes(settings.routes, os.environ)
-    if only:
+    if model is not None:
+        routes = (vllm_route(model, args=vllm_args, slots=slots),)
+    elif only:
         unknown = set(only) - {route.id for route in routes}
         if unknown:
             raise SetupError(
@@ -52,4 +71,16 @@ def worker(
             ready_file=ready_file,
             version=importlib.metadata.version("penstock"),
         )
+    )
+
+
+def vllm_route(model: str, *, args: tuple[str, ...], slots: int) -> RouteSettings:
+    """The route of a machine that serves *model* with its own vLLM. A folder goes by its last part."""
+    public = Path(model).name if Path(model).is_dir() else model
+    return RouteSettings(
+        id=RouteId(public),
+        provider="vllm",
+        max_concurrency=slots,
+        models=(ModelSettings(name=public),),
+        vllm=VllmSettings(model=model, args=args),
     )

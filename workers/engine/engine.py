@@ -64,6 +64,10 @@ class Engine:
         """The guard's; it leads the engine's process group."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
+
     def attach(self, tell: Tell) -> None:
         """Starts the engine, and keeps it up from here on. *tell* hears why it can't serve, and None when it can."""
         self._tell = tell

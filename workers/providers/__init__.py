@@ -9,10 +9,12 @@ from schemas.settings import RouteSettings, WorkerSettings
 from workers.providers.base import Provider
 from workers.providers.echo import Echo
 from workers.providers.openai import OpenAI
+from workers.providers.vllm import Vllm
 
 _KNOWN: dict[str, Callable[[RouteSettings, WorkerSettings], Provider]] = {
     "echo": lambda route, _: Echo.from_route(route),
     "openai": OpenAI.from_route,
+    "vllm": Vllm.from_route,
 }
 
 

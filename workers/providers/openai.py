@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import msgspec
 import yarl
@@ -59,23 +60,23 @@ class OpenAI:
         key: str | None = None,
         max_concurrency: int = 64,
         settings: WorkerSettings | None = None,
+        socket: Path | None = None,
     ) -> None:
+        """With *socket* the server is behind that Unix socket, and *base_url* only names it."""
         self._settings = settings or WorkerSettings()
         self._upstream_names = {model.name: model.upstream_name for model in models}
         headers = {"Content-Type": "application/json"}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
-        self._upstream = Upstream(base_url, headers, max_concurrency=max_concurrency, settings=self._settings)
+        self._upstream = Upstream(
+            base_url, headers, max_concurrency=max_concurrency, settings=self._settings, socket=socket
+        )
 
     @classmethod
     def from_route(cls, route: RouteSettings, settings: WorkerSettings) -> OpenAI:
         """Raises: SetupError if the address isn't one, or none of the keys can be read."""
-        base_url = route.base_url or OPENAI_URL
-        if not _is_address(base_url):
-            raise SetupError(
-                f"route {route.id!r}: base_url must be http:// or https:// and a host; keys belong in api_keys"
-            )
-        key = _first_key(route)
+        base_url = address(route)
+        key = first_key(route)
         return cls(base_url, route.models, key=key, max_concurrency=route.max_concurrency, settings=settings)
 
     def upstream_model(self, model: str) -> str:
@@ -88,22 +89,25 @@ class OpenAI:
         """
         return self._stream(job) if job.stream else self._whole(job)
 
-    async def models(self) -> tuple[str, ...]:
-        patience = Patience(
-            first_s=MODELS_TIMEOUT_S,
-            idle_s=MODELS_TIMEOUT_S,
-            total_s=MODELS_TIMEOUT_S,
-            clock=asyncio.get_running_loop().time,
-        )
-        answer = await self._upstream.ask("GET", "/models", patience=patience)
+    async def fetch(
+        self, method: str, path: str, *, body: bytes | None = None, within_s: float, max_bytes: int
+    ) -> bytes:
+        """The JSON body of a request that is ours, not a job's. Raises: Fault."""
+        clock = asyncio.get_running_loop().time
+        patience = Patience(first_s=within_s, idle_s=within_s, total_s=within_s, clock=clock)
+        answer = await self._upstream.ask(method, path, body=body, patience=patience)
         try:
             await _must_be(_JSON, answer, patience)
-            body = await answer.read_all(MODELS_BYTES_MAX, patience)
+            return await answer.read_all(max_bytes, patience)
+        finally:
+            answer.close()
+
+    async def models(self) -> tuple[str, ...]:
+        body = await self.fetch("GET", "/models", within_s=MODELS_TIMEOUT_S, max_bytes=MODELS_BYTES_MAX)
+        try:
             return tuple(dict.fromkeys(model.id for model in _models(body).data))
         except _NOT_JSON as error:
             raise ProviderNonsense("The provider answered with something that is not a list of models.") from error
-        finally:
-            answer.close()
 
     def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
         return None
@@ -115,7 +119,7 @@ class OpenAI:
         await self._upstream.aclose()
 
     async def _stream(self, job: Job) -> AsyncGenerator[Chunk, None]:
-        reader, events = ChunkReader(), EventSplitter(self._settings.max_event_bytes)
+        reader, events = self._reader(), EventSplitter(self._settings.max_event_bytes)
         patience = self._patience(job)
         answer = await self._ask(job, patience)
         try:
@@ -145,14 +149,19 @@ class OpenAI:
         try:
             await _must_be(_JSON, answer, patience)
             body = await answer.read_all(self._settings.max_response_bytes, patience)
-            chunk = ChunkReader().body(body)
+            chunk = self._reader().body(body)
         finally:
             answer.close()
         yield chunk
 
     async def _ask(self, job: Job, patience: Patience) -> UpstreamAnswer:
-        body = rewritten(job, self.upstream_model(job.model))
-        return await self._upstream.ask("POST", "/chat/completions", body=body, patience=patience)
+        return await self._upstream.ask("POST", "/chat/completions", body=self._body(job), patience=patience)
+
+    def _reader(self) -> ChunkReader:
+        return ChunkReader()
+
+    def _body(self, job: Job) -> bytes:
+        return rewritten(job, self.upstream_model(job.model))
 
     def _patience(self, job: Job) -> Patience:
         return Patience.with_job(job.timeouts, self._settings, clock=asyncio.get_running_loop().time)
@@ -202,6 +211,16 @@ def _with_usage(options: Raw | None) -> Raw:
     return Raw(_encode(members))
 
 
+def address(route: RouteSettings) -> str:
+    """Where the route's provider is. Raises: SetupError if that is no address."""
+    base_url = route.base_url or OPENAI_URL
+    if not _is_address(base_url):
+        raise SetupError(
+            f"route {route.id!r}: base_url must be http:// or https:// and a host; keys belong in api_keys"
+        )
+    return base_url
+
+
 def _is_address(base_url: str) -> bool:
     try:
         url = yarl.URL(base_url)
@@ -210,7 +229,7 @@ def _is_address(base_url: str) -> bool:
         return False
 
 
-def _first_key(route: RouteSettings) -> str | None:
+def first_key(route: RouteSettings) -> str | None:
     """The first of the route's keys that can be read; None if it has none.
 
     Raises: SetupError if it has some and none can be read.
