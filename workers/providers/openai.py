@@ -31,6 +31,7 @@ MODELS_TIMEOUT_S = 10.0
 MODELS_BYTES_MAX = 8 * 1024 * 1024
 
 _STREAM, _JSON = "text/event-stream", "application/json"
+UNTYPED = (None, "text/plain", "application/octet-stream", "application/x-ndjson")  # says nothing: what is in it will show
 _USAGE_WANTED = Raw(b'{"include_usage":true}')
 _TRUE, _FALSE = Raw(b"true"), Raw(b"false")
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -120,6 +121,7 @@ class OpenAI:
 
     async def _stream(self, job: Job) -> AsyncGenerator[Chunk, None]:
         reader, events = self._reader(), EventSplitter(self._settings.max_event_bytes)
+        reader.habits.request = job.body
         patience = self._patience(job)
         answer = await self._ask(job, patience)
         try:
@@ -146,10 +148,12 @@ class OpenAI:
     async def _whole(self, job: Job) -> AsyncGenerator[Chunk, None]:
         patience = self._patience(job)
         answer = await self._ask(job, patience)
+        reader = self._reader()
+        reader.habits.request = job.body
         try:
             await _must_be(_JSON, answer, patience)
             body = await answer.read_all(self._settings.max_response_bytes, patience)
-            chunk = self._reader().body(body)
+            chunk = reader.body(body)
         finally:
             answer.close()
         yield chunk
@@ -170,7 +174,7 @@ class OpenAI:
 async def _must_be(content_type: str, answer: UpstreamAnswer, patience: Patience) -> None:
     """Raises: what the answer is, if it isn't a success of this type."""
     stated = answer.content_type
-    if answer.status == 200 and stated in (content_type, None):
+    if answer.status == 200 and stated in (content_type, *UNTYPED):
         return
     body = await answer.read_some(ERROR_BODY_BYTES_MAX, patience)
     said = complaint(body)

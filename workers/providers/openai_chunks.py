@@ -12,13 +12,14 @@ from msgspec import Raw, Struct
 from schemas.errors import ProviderFailed, ProviderNonsense
 from schemas.money import Usage
 from workers.providers.base import Chunk
+from workers.providers.habits import NULL, Habits
 from workers.providers.openai_faults import complaint_of, refusal_inside
 from workers.providers.tokens import estimate
 
 TOKENS_MAX = 10**12  # a count beyond this is a mistake of the provider's
 DONE = b"[DONE]"
 
-_NULL = Raw(b"null")
+_NULL = NULL  # itself: what isn't there is told by identity
 _QUOTES_BYTES = 2
 _OURS = ("object", "created", "model")
 _OF_NO_INTEREST = frozenset({"system_fingerprint", "service_tier", "obfuscation"})  # when they come alone
@@ -31,6 +32,7 @@ class _Text(Struct, gc=False):
     content: Raw = _NULL
     reasoning_content: Raw = _NULL
     reasoning: Raw = _NULL  # some servers send the same under both names
+    thinking: Raw = _NULL
     refusal: Raw = _NULL
     tool_calls: Raw = _NULL
     function_call: Raw = _NULL
@@ -88,6 +90,7 @@ class ChunkReader:
     """Reads the answer to one request, in order: each event of a stream, or the one body."""
 
     def __init__(self) -> None:
+        self.habits = Habits()
         self.done = False  # the provider said that nothing more comes
         self._open: set[int] = set()  # choices that have begun and not finished
         self._finished = False  # at least one choice has
@@ -139,7 +142,7 @@ class ChunkReader:
         raw_choices = members.pop("choices", None)
         if raw_choices is None:
             raise _without_choices(members, data)
-        choices = _read_choices(raw_choices)
+        raw_choices, choices = self._mended(raw_choices, _read_choices(raw_choices), streamed=streamed)
         upstream_id = self._upstream_id(members.pop("id", None))
         for name in _OURS:
             members.pop(name, None)
@@ -179,6 +182,17 @@ class ChunkReader:
             usage_raw=usage_raw,
             upstream_id=upstream_id,
         )
+
+    def _mended(self, raw: Raw, choices: list[_Choice], *, streamed: bool) -> tuple[Raw, list[_Choice]]:
+        """The same without the habits of servers that are almost compatible; hardly any chunk shows one."""
+        for choice in choices:
+            if self.habits.show(choice.delta if streamed else choice.message, choice.finish_reason):
+                try:
+                    raw = self.habits.mended(raw, streamed=streamed)
+                except _NOT_JSON as error:
+                    raise ProviderNonsense("The provider sent choices that are not a list of choices.") from error
+                return raw, _read_choices(raw)
+        return raw, choices
 
     def _upstream_id(self, raw: Raw | None) -> str | None:
         if raw is not None and raw != self._id_raw:
@@ -247,8 +261,8 @@ def _read_usage(raw: Raw | None) -> tuple[Usage | None, bytes | None]:
 def _tokens(said: _Text) -> int:
     """About how many tokens this much text is; exact for an engine that sends a chunk for each token."""
     count = 0 if said.content is _NULL else estimate(_size(said.content))
-    if said.reasoning_content is not _NULL or said.reasoning is not _NULL:
-        count += estimate(max(_size(said.reasoning_content), _size(said.reasoning)))
+    if said.reasoning_content is not _NULL:  # whatever name it came under: see habits.py
+        count += estimate(_size(said.reasoning_content))
     if said.refusal is not _NULL:
         count += estimate(_size(said.refusal))
     if said.tool_calls is not _NULL or said.function_call is not _NULL:

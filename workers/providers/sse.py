@@ -1,8 +1,9 @@
 """Server-sent events out of bytes that arrive in any pieces; pure.
 
 Lines may end in LF, CRLF or CR; comments, ids and retry times are dropped, and so are events without data.
-Source: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream, with one difference: an
-event whose last blank line is missing at the end of the stream counts.
+Source: https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream, with two differences: an
+event whose last blank line is missing at the end of the stream counts; and so does a field ``error``, which older llama.cpp
+writes in place of ``data`` (``server_sent_event(sink, "error", …)`` in its tools/server), as an event of that name.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ def _event(block: bytes) -> Event | None:
             lines.append(value)
         elif field == b"event":
             name = value
+        elif field == b"error":
+            name = field
+            lines.append(value)
     return (name, b"\n".join(lines)) if lines else None
 
 
