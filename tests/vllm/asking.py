@@ -36,14 +36,17 @@ def endless(conversation: Conversation, *, tokens: int, **changes: Any) -> dict[
 
 
 def answer(completion: ChatCompletion) -> list[dict[str, Any]]:
-    """All that *completion* says: its choices without what is new in every answer."""
-    return [without_call_ids(choice.to_dict()) for choice in completion.choices]
+    """All that *completion* says: its choices without what is new in every answer, and reasoning under one name."""
+    return [comparable(choice.to_dict()) for choice in completion.choices]
 
 
-def without_call_ids(choice: dict[str, Any]) -> dict[str, Any]:
-    for call in choice["message"].get("tool_calls") or ():
+def comparable(choice: Any) -> dict[str, Any]:
+    message = choice["message"]
+    for call in message.get("tool_calls") or ():
         assert call.pop("id")
-    return choice
+    # Penstock tells reasoning under the name that most clients read too, beside the engine's own.
+    assert message.pop("reasoning_content", message["reasoning"]) == message["reasoning"]
+    return {**choice}
 
 
 def usage(completion: ChatCompletion | ChatCompletionChunk) -> tuple[int, int, int]:
