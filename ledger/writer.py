@@ -26,8 +26,8 @@ log = structlog.get_logger()
 
 IDLE_WAIT_S = 0.1  # how long a read waits before it looks whether to stop
 FULL_BATCH = 256  # so many messages at once: there are more, so the next commit doesn't wait
-GATHER_MAX_S = 0.1
-GATHER_SHARE = 8  # a small commit is followed by up to so many times its own length of gathering
+GATHER_MAX_S = 0.12
+GATHER_SHARE = 16  # a small commit is followed by up to so many times its own length of gathering
 DRAIN_S = 10.0
 OUT_OF_MEMORY_TRIES = 5
 
