@@ -9,8 +9,8 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.vllm.asking import ask
-from tests.vllm.engine import RUNNING, Engine
+from tests.vllm.asking import LONG, ask, endless
+from tests.vllm.engine import GENERATED, RUNNING, Engine
 from tests.vllm.guarded import GUARD
 from tests.vllm.tiny_model import AS_JSON, COUNT, HELLO, Conversation
 from tests.waiting import eventually
@@ -25,11 +25,14 @@ def test_engine_says_what_it_was_taught(direct: OpenAI, conversation: Conversati
     assert completion.choices[0].finish_reason == "stop"
 
 
-def test_engine_counts_the_requests_that_it_runs(engine: Engine, direct: OpenAI) -> None:
-    ended = engine.metric("vllm:request_success_total")
-    direct.chat.completions.create(**ask(HELLO))
-    assert engine.metric("vllm:request_success_total") == ended + 1
-    assert engine.metric(RUNNING) == 0
+async def test_engine_counts_what_it_runs(engine: Engine, direct: OpenAI) -> None:
+    """The other tests read these two metrics: how many requests run, and the tokens generated so far."""
+    generated = engine.metric(GENERATED)
+    with direct.chat.completions.create(**endless(HELLO, tokens=LONG), stream=True) as stream:
+        next(stream)
+        assert engine.metric(RUNNING) == 1
+    await eventually(lambda: engine.metric(RUNNING) == 0, what="a free engine")
+    assert generated < engine.metric(GENERATED) < generated + LONG
 
 
 async def test_guard_leaves_nothing_behind_when_its_asker_is_killed() -> None:
