@@ -104,7 +104,7 @@ class Admin:
                 "provider": offer.provider,
                 "models": [model.name for model in offer.models],
                 "worker": presence.worker,
-                "state": presence.state.value,
+                "state": f"down: {offer.down}" if offer.down else presence.state.value,
                 "slots": offer.slots,
                 "free": offer.free,
             }

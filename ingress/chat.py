@@ -106,6 +106,7 @@ class ChatCompletions:
             offers=self._fleet.offers(request.model),
             stated=self._control.state.routes,
             known=self._fleet.knows(request.model),
+            why_not=self._fleet.why_not,
         )
         exchange = Exchange(
             self._services,

@@ -60,6 +60,18 @@ class Fleet:
     def knows(self, model: str) -> bool:
         return model in self._known
 
+    def why_not(self, model: str) -> str | None:
+        """Why a worker that has *model* takes no jobs for it at the moment; asked only for a model without offers."""
+        return next(
+            (
+                offer.down
+                for presence, _ in self._heard.values()
+                for offer in presence.routes
+                if offer.down is not None and any(offered.name == model for offered in offer.models)
+            ),
+            None,
+        )
+
     def workers(self) -> list[Presence]:
         return [presence for presence, _ in self._heard.values()]
 
@@ -107,8 +119,8 @@ class Fleet:
         for presence, _ in self._heard.values():
             for route, model, price in _served(presence):
                 offers.setdefault(model, {})[route] = price
+            self._known.update(model.name for offer in presence.routes for model in offer.models)
         self._offers = offers
-        self._known.update(offers)
 
     async def _sweep(self) -> None:
         while True:

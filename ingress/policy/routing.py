@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from schemas.control import RouteStated
@@ -11,6 +11,8 @@ from schemas.ids import RouteId
 from schemas.money import Price
 
 UNRANKED = 1_000_000
+
+WhyNot = Callable[[str], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +23,12 @@ class Plan:
     prices: tuple[Price, ...]
 
 
-def plan(model: str, *, offers: Mapping[RouteId, Price], stated: Mapping[RouteId, RouteStated], known: bool) -> Plan:
+def plan(
+    model: str, *, offers: Mapping[RouteId, Price], stated: Mapping[RouteId, RouteStated], known: bool, why_not: WhyNot
+) -> Plan:
     """The plan for *model*: its live routes (*offers*), by the rank the operator *stated*.
 
+    *why_not* tells why its workers take no jobs, where one says so.
     A stated price counts before the one that a worker offers. *known* tells a model that is served at other times from
     one that never was.
 
@@ -33,7 +38,9 @@ def plan(model: str, *, offers: Mapping[RouteId, Price], stated: Mapping[RouteId
         if known or any(
             entry.name == model for route in stated.values() for entry in route.models if not route.removed
         ):
-            raise NoLiveRoute(f"No worker serves the model '{model}' at the moment.", param="model")
+            reason = why_not(model)
+            told = f": {reason}" if reason else ""
+            raise NoLiveRoute(f"No worker serves the model '{model}' at the moment{told}.", param="model")
         raise ModelNotFound(
             f"The model '{model}' does not exist here. GET /v1/models lists those that do.", param="model"
         )

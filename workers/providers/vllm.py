@@ -268,7 +268,7 @@ def _serve_command(route: RouteSettings, served: str, socket: Path) -> EngineCom
 def _vllm_command(route: RouteSettings) -> tuple[str, ...]:
     """Raises: SetupError if vLLM isn't here."""
     first, *rest = route.vllm.command
-    beside = Path(sys.executable).with_name(first)
+    beside = Path(sys.executable).parent / first  # the same environment, also where its bin is not on the PATH
     found = shutil.which(first) or (str(beside) if beside.exists() else None)
     if found is None:
         raise SetupError(
