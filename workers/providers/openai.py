@@ -31,7 +31,12 @@ MODELS_TIMEOUT_S = 10.0
 MODELS_BYTES_MAX = 8 * 1024 * 1024
 
 _STREAM, _JSON = "text/event-stream", "application/json"
-UNTYPED = (None, "text/plain", "application/octet-stream", "application/x-ndjson")  # says nothing: what is in it will show
+UNTYPED = (
+    None,
+    "text/plain",
+    "application/octet-stream",
+    "application/x-ndjson",
+)  # says nothing: what is in it will show
 _USAGE_WANTED = Raw(b'{"include_usage":true}')
 _TRUE, _FALSE = Raw(b"true"), Raw(b"false")
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
