@@ -12,7 +12,7 @@ import structlog
 from bus.connection import BusUnavailable, Connection, Message
 from bus.log import EventLog
 from bus.puller import Puller
-from bus.streams import await_streams, ensure_consumer, ensure_streams, job_consumer
+from bus.streams import await_streams
 from schemas import codec, subjects
 from schemas.errors import PenstockError
 from schemas.events import AttemptFinished
@@ -26,7 +26,6 @@ from schemas.jobs import (
     Failed,
     HandedBack,
     Job,
-    Lane,
     ModelOffer,
     Outcome,
     Presence,
@@ -36,12 +35,13 @@ from schemas.jobs import (
 )
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
 from workers.attempt import Progress, run_attempt
+from workers.intake import Intake
 from workers.providers.base import Provider
 from workers.reporter import KeptReports, Outbox, Reporter
 
 log = structlog.get_logger()
 
-FLUSH_WAIT_S = 5.0
+FLUSH_WAIT_S = 3.0
 
 NAK = b"-NAK"
 ACK = b""
@@ -57,20 +57,45 @@ class Running:
 
 
 class Route:
-    """A route that this worker serves: a provider, and room for so many attempts at once."""
+    """A route that this worker serves: a provider, and room for so many attempts at once.
 
-    def __init__(self, settings: RouteSettings, provider: Provider, models: tuple[ModelSettings, ...]) -> None:
+    In a *pool* other machines may serve it too, each with models of its own.
+    """
+
+    def __init__(
+        self, settings: RouteSettings, provider: Provider, models: tuple[ModelSettings, ...], *, pool: bool = False
+    ) -> None:
         self.id = settings.id
         self.provider = provider
         self.models = models
         self.slots = settings.max_concurrency
         self.free = settings.max_concurrency
-        self.puller: Puller | None = None
+        self.pool = pool
+        self.intake: Intake | None = None
+        self.idle = asyncio.Event()
+        self.idle.set()
         self.down: str | None = None  # why it takes no jobs at the moment
+
+    @property
+    def puller(self) -> Puller | None:
+        """The only one, if this is no pool and it is open."""
+        return None if self.intake is None else self.intake.puller
+
+    def take_slot(self) -> None:
+        self.free -= 1
+        self.idle.clear()
+
+    def free_slot(self) -> None:
+        self.free += 1
+        if self.free == self.slots:
+            self.idle.set()
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(model.name for model in self.models)
 
     def offer(self) -> RouteOffer:
         models = tuple(
-            ModelOffer(name=model.name, price=model.price, fingerprint=self.provider.fingerprint(model.name))
+            ModelOffer(name=model.name, price=model.charged, fingerprint=self.provider.fingerprint(model.name))
             for model in self.models
         )
         return RouteOffer(
@@ -130,12 +155,30 @@ class Worker:
         self._routes[route.id] = route
         await self.announce()
 
+    async def offer(self, route_id: RouteId, models: tuple[ModelSettings, ...]) -> None:
+        """The route of a pool serves these models from now on. Raises: ApiError, BusUnavailable."""
+        route = self._routes[route_id]
+        names = tuple(model.name for model in models)
+        if route.intake is not None:
+            await route.intake.widen(names)
+        route.models = models
+        await self.announce()
+        if route.intake is not None:
+            await route.intake.narrow(names)
+
+    async def remove(self, route_id: RouteId) -> None:
+        """Serves the route no more, and every ingress hears of it at once. What runs there may finish: see `Route.idle`."""
+        route = self._routes.pop(route_id)
+        await self.announce()
+        if route.intake is not None:
+            await route.intake.stop()
+
     async def drain(self) -> None:
         """No new jobs; what runs may finish within ``drain_s``; the rest is handed back. Then the worker is gone."""
         self._state = WorkerState.DRAINING
         log.info("draining", running=len(self._running))
         await self.announce()
-        await asyncio.gather(*(route.puller.stop() for route in self._routes.values() if route.puller is not None))
+        await asyncio.gather(*(route.intake.stop() for route in self._routes.values() if route.intake is not None))
         await self._wait_idle(self._settings.drain_s)
         for running in self._running.values():
             self._stop(running, HandedBack(reason="worker_draining"))
@@ -171,20 +214,20 @@ class Worker:
             await self.announce()
 
     async def _open(self, route: Route) -> None:
-        async def ensure() -> str:
-            # The streams first: JOBS lives in memory, and a server that was restarted has forgotten it.
-            await ensure_streams(self._connection, self._nats_settings)
-            config = job_consumer(route=route.id, lane=Lane.INTERACTIVE)
-            answer = await ensure_consumer(self._connection, subjects.JOBS, config)
-            return str(answer["name"])
+        async def take(msg: Message, puller: Puller) -> None:
+            await self._on_delivery(route, msg, puller)
 
-        async def take(msg: Message) -> None:
-            await self._on_delivery(route, msg)
-
-        route.puller = Puller(self._connection, stream=subjects.JOBS, ensure=ensure, on_message=take)
+        intake = Intake(
+            self._connection,
+            route.id,
+            slots=route.slots,
+            nats_settings=self._nats_settings,
+            take=take,
+            pool=route.pool,
+        )
+        route.intake = intake
         route.provider.attach(lambda reason: self._tell(route, reason))
-        await route.puller.start()
-        route.puller.grant(route.slots)
+        await intake.start(route.names())
 
     def _tell(self, route: Route, reason: str | None) -> None:
         """The route can't serve, for *reason*, or can again: it pulls or doesn't, and every ingress hears of it at once."""
@@ -192,31 +235,33 @@ class Worker:
             return
         log.info("route_down" if reason else "route_up", route=route.id, reason=reason)
         route.down = reason
-        if route.puller is not None:
-            (route.puller.pause if reason else route.puller.resume)()
+        if route.intake is not None:
+            (route.intake.pause if reason else route.intake.resume)()
         task = asyncio.create_task(self.announce())
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def _on_delivery(self, route: Route, msg: Message) -> None:
+    async def _on_delivery(self, route: Route, msg: Message, puller: Puller) -> None:
+        assert route.intake is not None  # noqa: S101 - it is where the delivery comes from
         try:
             job = codec.decode_job(msg.data)
         except msgspec.MsgspecError:
             # A newer release wrote it: leave it to a worker that can read it, but don't take it again at once.
             log.warning("job_unreadable", subject=msg.subject)
             await self._answer(msg, b'-NAK {"delay": 1000000000}')
-            self._grant(route)
+            route.intake.returned(puller)
             return
         if job.nonce in self._running or self._kept.get(job.nonce) is not None:
             # Delivered again because the ack was lost on its way: it is being done here, or was.
             await self._answer(msg, ACK)
-            self._grant(route)
+            route.intake.returned(puller)
             return
         if self._state is not WorkerState.SERVING or route.free <= 0 or route.down is not None:
             await self._answer(msg, NAK)
-            self._grant(route)  # it took no slot
+            (route.intake.refused if route.free <= 0 else route.intake.returned)(puller)
             return
-        route.free -= 1
+        route.take_slot()
+        route.intake.taken(puller, free=route.free)
         progress = Progress()
         report = Reporter(job, self._outbox, worker=self.id, max_kept_bytes=self._settings.max_kept_bytes)
         # Started and right behind it the ack: from Started on the ingress owns recovery, and only what was never started is
@@ -240,8 +285,9 @@ class Worker:
     def _free(self, route: Route, nonce: Nonce, report: Reporter) -> None:
         del self._running[nonce]
         self._kept.add(report)
-        route.free += 1
-        self._grant(route)
+        route.free_slot()
+        if route.intake is not None:
+            route.intake.freed()
 
     def _receipt(
         self, route: Route, job: Job, report: Reporter, progress: Progress, outcome: Outcome
@@ -296,10 +342,6 @@ class Worker:
             # One that hasn't begun sees it then, and says so; cancelled before its first step it would say nothing.
             if running.progress.entered:
                 running.task.cancel()
-
-    def _grant(self, route: Route) -> None:
-        if self._state is WorkerState.SERVING and route.puller is not None:
-            route.puller.grant(1)
 
     async def _answer(self, msg: Message, word: bytes) -> None:
         try:
