@@ -31,6 +31,7 @@ NUMBERS = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|DOUBLE|FLOAT|DECIMAL")
 @click.option("--nats", "nats_url", envvar="PENSTOCK_NATS", help="The NATS server or cluster.")
 @click.option("--home", help="The folder that holds the ledger's file.")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="penstock.toml")
+@click.option("--host", help="The address of the SQL endpoint.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port of the SQL endpoint; 0 is any free one.")
 @click.option("--fd", type=int, help="A listening socket to serve on instead of a port.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Written once it serves.")
@@ -41,6 +42,7 @@ def ledger(
     nats_url: str | None,
     home: str | None,
     config: Path | None,
+    host: str | None,
     port: int | None,
     fd: int | None,
     ready_file: Path | None,
@@ -59,7 +61,7 @@ def ledger(
     from schemas.logs import configure  # noqa: PLC0415
 
     configure("ledger")
-    settings = load(config, ledger={"port": port})
+    settings = load(config, ledger={"host": host, "port": port})
     place = Place(home=home_folder(home or settings.home), nats_url=nats_url, fd=fd, ready_file=ready_file)
     uvloop.run(run_ledger(settings, place))
 

@@ -71,7 +71,10 @@ def build_app(writer: Writer, queries: Queries, *, now_ns: Callable[[], int] = t
         return _json(200, {"status": "ok"})
 
     async def readyz(_: Request) -> Response:
-        pending = await writer.pending()
+        try:
+            pending = await writer.pending()
+        except PenstockError as error:
+            return _json(503, {"ready": False, "reason": error.message})
         logs = {
             name: {"position": cursor.last_position, "stream_seq": cursor.last_seq, "pending": pending[name]}
             for name, cursor in writer.cursors.items()

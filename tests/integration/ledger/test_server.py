@@ -12,6 +12,7 @@ import aiohttp
 import pyarrow.parquet as pq
 import pytest
 
+from bus.server import EmbeddedServer
 from ledger.server import BODY_MAX_BYTES
 from schemas.control import Role
 from tests.integration.ledger.conftest import ANALYST_KEY, CLIENT_KEY, RunningLedger, sha256
@@ -187,6 +188,30 @@ async def test_it_says_whether_it_is_alive_and_how_far_it_has_read(
         answer = await response.json()
     assert answer["ready"] is True
     assert answer["logs"]["EVENTS"] == {"position": 4, "stream_seq": 1, "pending": 0}
+
+
+async def test_it_is_alive_but_not_ready_while_nats_is_away(
+    nats_server: EmbeddedServer, ledger: RunningLedger, http: aiohttp.ClientSession
+) -> None:
+    await ledger.say(*samples.whole())
+    await nats_server.stop()
+
+    async def status(path: str) -> int:
+        async with http.get(path) as response:
+            return response.status
+
+    async def not_ready() -> bool:
+        return await status("/readyz") == 503
+
+    await eventually(not_ready, timeout_s=15)
+    assert await status("/healthz") == 200
+    assert (await ask(http, "select count(*) from requests"))[1]["rows"] == [[1]]
+    await nats_server.start()
+
+    async def ready() -> bool:
+        return await status("/readyz") == 200
+
+    await eventually(ready, timeout_s=15)
 
 
 @pytest.mark.parametrize(
