@@ -24,6 +24,14 @@ from schemas.money import Price, micro_per_million
 MIB = 1024 * 1024
 
 
+LOCAL_ADDRESSES = (  # where model servers listen unless they are told otherwise
+    "127.0.0.1:11434",  # Ollama
+    "127.0.0.1:1234",  # LM Studio
+    "127.0.0.1:8080",  # llama.cpp
+    "127.0.0.1:8000",  # vLLM
+)
+
+
 class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
 
@@ -63,6 +71,8 @@ class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     max_kept_bytes: int = 8 * MIB  # frames of one attempt kept for a resend
     max_response_bytes: int = 64 * MIB  # a provider's answer without streaming
     max_event_bytes: int = 8 * MIB  # one event of a provider's stream
+    discover: bool | None = None  # look for model servers on this machine; default: where no route is configured
+    discover_addresses: tuple[str, ...] = LOCAL_ADDRESSES
 
 
 class LedgerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,6 +196,11 @@ def with_builtin_routes(routes: tuple[RouteSettings, ...], environ: Mapping[str,
     return tuple(found)
 
 
+def discovers(settings: Settings) -> bool:
+    """Whether a worker looks for model servers on its machine."""
+    return not settings.routes if settings.worker.discover is None else settings.worker.discover
+
+
 def secret(reference: str, environ: Mapping[str, str] | None = None) -> str:
     """The secret behind ``env:NAME`` or ``file:PATH``.
 
@@ -279,3 +294,7 @@ def _check(settings: Settings, config: Path | None) -> None:
     for route in settings.routes:
         if not 0 < route.max_concurrency <= 100_000:
             raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")
+    for address in settings.worker.discover_addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise SetupError(f"{config}: discover_addresses: {address!r} is no host:port")
