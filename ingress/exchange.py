@@ -277,6 +277,9 @@ class Exchange:
             log.error("request_not_recorded_in_time", request_id=self._arrival.request_id, error=error.message)
             if isinstance(ending, Done):
                 ending = Broke(error)
+        except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached
+            self._uncancel()
+            ending = Broke(Stopping())
         match ending:
             case Done(frame):
                 told = bytes(frame.usage_raw)

@@ -22,7 +22,7 @@ from bus.queue import JobQueue
 from bus.streams import await_streams, ensure_streams
 from ingress.app import build_app
 from ingress.bootstrap import Setup, state_setup
-from ingress.exchange import Services
+from ingress.exchange import RECORD_FAILURE_WAIT_S, Services
 from ingress.fleet import Fleet
 from ingress.protocol import bounded_protocol
 from ingress.relay import Switchboard
@@ -35,6 +35,7 @@ log = structlog.get_logger()
 
 KEEP_ALIVE_S = 75  # longer than clients keep a connection in their pools
 FLUSH_WAIT_S = 5.0
+LAST_WORDS_S = 2 * RECORD_FAILURE_WAIT_S
 BACKLOG = 2048
 
 
@@ -100,6 +101,7 @@ async def run_ingress(
     if ready_file is not None:
         write_private(ready_file, msgspec.json.encode({"port": port, "pid": os.getpid()}))
     await server.serve(sockets=[sock])
+    await _last_words(server)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FLUSH_WAIT_S):
             await event_log.flush()
@@ -108,6 +110,12 @@ async def run_ingress(
     await publisher.stop()
     await connection.close()
     log.info("stopped")
+
+
+async def _last_words(server: uvicorn.Server) -> None:
+    """What the end of the drain cut off still tells its client so, and closes its books; uvicorn doesn't wait for that."""
+    if server.server_state.tasks:
+        await asyncio.wait(server.server_state.tasks, timeout=LAST_WORDS_S)
 
 
 def _stop(server: uvicorn.Server) -> None:
