@@ -235,15 +235,18 @@ class Outbox:
         self._sender = asyncio.create_task(self._send(), name="outbox")
 
     async def stop(self) -> None:
-        """Returns when everything that was put has been handed to the connection."""
+        """Returns when everything that was put has been handed to the connection. What is put later goes nowhere."""
+        if self._sender is None:
+            return
         await self._idle.wait()
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.gather(self._sender, return_exceptions=True)
+        self._sender.cancel()
+        await asyncio.gather(self._sender, return_exceptions=True)
+        self._sender = None
 
     def put(self, subject: str, frame: bytes) -> None:
-        self._ready.append((subject, frame))
-        self._rouse()
+        if self._sender is not None:
+            self._ready.append((subject, frame))
+            self._rouse()
 
     def wants(self, reporter: Reporter) -> bool:
         """Whether *reporter* still has to be marked in this turn."""

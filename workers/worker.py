@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import structlog
 
-from bus.connection import BusUnavailable, Connection, Message
+from bus.connection import BusUnavailable, Connection, Forget, Message
 from bus.log import EventLog
 from bus.puller import Puller
 from bus.streams import await_streams
@@ -135,6 +135,7 @@ class Worker:
         self._kept = KeptReports(asyncio.get_running_loop())
         self._outbox = Outbox(connection)
         self._beat: asyncio.Task[None] | None = None
+        self._forget: Forget | None = None
         self._telling: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -145,7 +146,7 @@ class Worker:
             await self._connection.listen(subject, self._on_command)
         for route in self._routes.values():
             await self._open(route)
-        self._connection.on_reconnect(self._on_reconnect)
+        self._forget = self._connection.on_reconnect(self._on_reconnect)
         self._beat = asyncio.create_task(self._announce_regularly(), name="presence")
         await self.announce()
 
@@ -185,6 +186,9 @@ class Worker:
         await self._wait_idle(self._settings.drain_s)
         await self._outbox.stop()
         await self._flush_log()
+        if self._forget is not None:
+            self._forget()
+            self._forget = None
         self._state = WorkerState.GONE
         await self.announce()
         if self._beat is not None:

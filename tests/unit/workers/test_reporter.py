@@ -315,6 +315,9 @@ async def test_stopping_sends_everything_first(wire: Wire) -> None:
         report.ended(DONE)
     await outbox.stop()
     assert len(wire.said) == 20
+    reports[0].resend(0)  # somebody asks too late
+    await outbox.stop()
+    assert len(wire.said) == 20
 
 
 async def test_a_word_put_behind_a_frame_goes_out_behind_it(wire: Wire, outbox: Outbox) -> None:
