@@ -1,0 +1,177 @@
+"""The worker when NATS goes away and comes back, and when another worker dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bus.connection import Message, connect
+from bus.puller import Puller
+from bus.server import EmbeddedServer
+from bus.streams import ACK_WAIT_S, ensure_consumer, ensure_streams, job_consumer
+from schemas.frames import Delta, Finished, Started
+from schemas.ids import RouteId
+from schemas.jobs import Job, Lane, Resend
+from schemas.settings import NatsSettings
+from tests.integration.workers.conftest import Hire
+from tests.integration.workers.rig import LAST, PIECE, ROUTE, Desk, Fake, hangs, job_for, waits_for
+from tests.restarts import frozen, kill, restart
+from tests.waiting import eventually
+from workers.providers.base import Chunk
+
+
+async def test_a_job_that_a_worker_took_with_it_is_delivered_again(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk
+) -> None:
+    """Killed between the pull and Started: nobody has heard of the attempt, so the queue itself gives it to another."""
+    doomed = await connect(nats_server.url, name="doomed")
+    taken: list[Message] = []
+
+    async def take(message: Message) -> None:
+        taken.append(message)
+
+    async def ensure() -> str:
+        return str((await ensure_consumer(doomed, "JOBS", job_consumer(route=ROUTE, lane=Lane.INTERACTIVE)))["name"])
+
+    puller = Puller(doomed, stream="JOBS", ensure=ensure, on_message=take)
+    await puller.start()
+    puller.grant(10)
+    jobs = await desk.publish_many(3)
+    began = time.monotonic()
+    await eventually(lambda: len(taken) == 3)
+    doomed.nc._transport._io_writer.transport.abort()
+    await doomed.nc.close()
+    await puller.stop()
+    await hire()
+    await eventually(lambda: desk.all_done(jobs), timeout_s=ACK_WAIT_S + 3.0)
+    assert ACK_WAIT_S - 0.5 < time.monotonic() - began < ACK_WAIT_S + 1.5
+
+
+async def test_it_serves_again_by_itself_when_nats_was_restarted(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk
+) -> None:
+    """Queue and consumer were in the server's memory: it makes them again."""
+    station = await hire()
+    for _ in range(3):
+        await restart(nats_server)
+        await eventually(lambda: desk.connection.is_up)
+        await ensure_streams(desk.connection, NatsSettings())
+        jobs = await desk.publish_many(10)
+        began = time.monotonic()
+        await eventually(lambda jobs=jobs: desk.all_done(jobs))
+        assert time.monotonic() - began < 1.0
+    assert station.idle
+    await eventually(lambda: station.credit == station.route.slots)
+    assert len(station.provider.taken) == 30
+
+
+async def test_a_restart_at_work_costs_no_frame_no_receipt_and_no_slot(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk
+) -> None:
+    async def behave(_: Job) -> AsyncGenerator[Chunk, None]:
+        for _ in range(300):
+            yield PIECE
+            await asyncio.sleep(0.002)
+        yield LAST
+
+    station = await hire(provider=Fake(behave))
+    jobs = await desk.publish_many(4)
+    await eventually(lambda: all(desk.chunks(job) > 10 for job in jobs))
+    await restart(nats_server)
+    await eventually(lambda: desk.all_done(jobs))
+    for job in jobs:
+        await desk.command(station.worker.id, Resend(nonce=job.nonce, seq=0))
+        await eventually(lambda job=job: _chunks_of_distinct_frames(desk, job) == 301)
+        assert (await eventually(lambda job=job: desk.receipt(job))).outcome == "completed"
+    await eventually(lambda: station.idle and station.credit == 4)
+
+
+async def test_a_last_frame_that_was_lost_with_the_connection_is_said_again(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk
+) -> None:
+    """It was written into a socket that nobody read any more. The ingress can't miss the number of what was to be the last."""
+    gate = asyncio.Event()
+    station = await hire(provider=Fake(waits_for(gate)))
+    job = await desk.publish()
+    await eventually(lambda: desk.kinds(job) == [Started, Delta])
+    with frozen(nats_server.pid):
+        gate.set()
+        await eventually(lambda: station.idle)
+        await eventually(lambda: station.connection.nc.pending_data_size == 0, what="the frame in the socket")
+        await kill(nats_server)
+    await nats_server.start()
+    await eventually(lambda: Finished in desk.kinds(job))
+
+
+async def test_jobs_come_once_each_over_lost_connections(hire: Hire, desk: Desk) -> None:
+    station = await hire(slots=8)
+    jobs: list[Job] = []
+    for _ in range(4):
+        jobs += await desk.publish_many(50)
+        station.connection.nc._transport._io_writer.transport.abort()
+    await eventually(lambda: desk.all_done(jobs), timeout_s=ACK_WAIT_S + 5.0)
+    assert sorted(station.provider.taken) == sorted(job.nonce for job in jobs)
+    assert station.provider.most <= 8
+    await eventually(lambda: station.idle and station.credit == 8)
+
+
+async def test_draining_without_nats_ends_all_the_same(nats_server: EmbeddedServer, hire: Hire, desk: Desk) -> None:
+    station = await hire(provider=Fake(hangs), drain_s=0.1)
+    job = await desk.publish()
+    await eventually(lambda: desk.chunks(job))
+    await kill(nats_server)
+    began = time.monotonic()
+    await station.worker.drain()
+    assert time.monotonic() - began < 5.0  # most of it for the receipt, which may yet be recorded
+    assert not station.provider.running
+    await nats_server.start()
+    await eventually(lambda: desk.connection.is_up)
+    assert (await eventually(lambda: desk.receipt(job))).outcome == "handed_back"
+
+
+async def test_a_second_signal_ends_a_draining_process_at_once(
+    nats_server: EmbeddedServer, desk: Desk, tmp_path: Path
+) -> None:
+    config = tmp_path / "penstock.toml"
+    config.write_text('[[routes]]\nid = "slow"\nprovider = "echo"\ntokens_per_s = 0.1\n[[routes.models]]\nname = "m"\n')
+    with _process(nats_server, config, tmp_path) as process:
+        await eventually((tmp_path / "ready").exists, timeout_s=15.0)
+        job = job_for(route=RouteId("slow"), model="m")
+        await desk.queue.publish(job)
+        await eventually(lambda: Started in desk.kinds(job))
+        process.send_signal(signal.SIGTERM)
+        await eventually(lambda: desk.presence[-1].state == "draining")
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        await eventually(lambda: process.poll() is not None)
+        assert time.monotonic() - began < 2.0
+        assert process.returncode == 0
+
+
+def _chunks_of_distinct_frames(desk: Desk, job: Job) -> int:
+    distinct = {frame.seq: frame for frame in desk.of(job)}
+    assert sorted(distinct) == list(range(len(distinct)))
+    return sum(len(frame.chunks) for frame in distinct.values() if isinstance(frame, Delta | Finished))
+
+
+@contextmanager
+def _process(server: EmbeddedServer, config: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``penstock worker``; killed at the end if it is still there."""
+    arguments = ["worker", "--config", str(config), "--route", "slow", "--ready-file", str(tmp_path / "ready")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "penstock", *arguments], env={**os.environ, "PENSTOCK_NATS": server.url}, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
