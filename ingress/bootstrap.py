@@ -107,7 +107,7 @@ async def _state_key(control: ControlFeed, key: str, role: Role, producer: str) 
 
 
 async def _state_route(control: ControlFeed, route: RouteSettings, rank: int, producer: str) -> None:
-    models = tuple(PublicModel(name=model.name, price=model.price) for model in route.models)
+    models = tuple(PublicModel(name=model.name, price=model.charged) for model in route.models)
     before = control.state.routes.get(RouteId(route.id))
     if before is not None and (before.provider, before.models, before.rank, before.removed) == (
         route.provider,

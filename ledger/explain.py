@@ -180,6 +180,8 @@ def _tokens(usage: Usage) -> str:
 
 
 def _price(price: Price) -> str:
+    if price.unknown:
+        return "price unknown"
     if not (price.input or price.output):
         return "free"
     return f"${_per_million(price.input)} in, ${_per_million(price.output)} out per million tokens"

@@ -42,9 +42,11 @@ class Price(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reasoning: int | None = None
     audio_input: int | None = None
     audio_output: int | None = None
+    unknown: bool = False  # nobody stated a price: what is counted at it costs 0, but that doesn't make it free
 
 
 FREE = Price()
+UNKNOWN = Price(unknown=True)
 
 
 def cost(usage: Usage, price: Price) -> Pico:

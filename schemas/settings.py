@@ -6,12 +6,14 @@ Unknown names are errors, so that a typing mistake can't pass for a setting.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -19,7 +21,8 @@ from msgspec import Struct
 from schemas.errors import SetupError
 from schemas.ids import RouteId
 from schemas.jobs import Timeouts
-from schemas.money import Price, micro_per_million
+from schemas.money import FREE, UNKNOWN, Price, micro_per_million
+from schemas.providers import KnownProvider, known_at, known_price, known_providers, same_address
 
 MIB = 1024 * 1024
 
@@ -94,11 +97,15 @@ class UpSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 class ModelSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     upstream: str | None = None  # what the provider calls it; default: the same
-    price: Price = Price()  # written in US dollars per million tokens, kept exact
+    price: Price | None = None  # written in US dollars per million tokens, kept exact; None: see `priced`
 
     @property
     def upstream_name(self) -> str:
         return self.upstream or self.name
+
+    @property
+    def charged(self) -> Price:
+        return UNKNOWN if self.price is None else self.price
 
 
 class VllmSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,8 +129,9 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     provider: str
     base_url: str | None = None
     api_keys: tuple[str, ...] = ()
+    headers: dict[str, str] = {}  # sent with every request, beside the key
     max_concurrency: int = 64
-    models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has, free of charge
+    models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
     vllm: VllmSettings = VllmSettings()
@@ -166,34 +174,80 @@ def load(config: Path | None, environ: Mapping[str, str] | None = None, **flags:
 
 ECHO = RouteSettings(id=RouteId("echo"), provider="echo")
 
-# Providers whose key in the environment is enough: what it is called, and where the OpenAI-compatible API is.
-KEYS_IN_ENVIRONMENT = {
-    "OPENAI_API_KEY": ("openai", "https://api.openai.com/v1"),
-    "GROQ_API_KEY": ("groq", "https://api.groq.com/openai/v1"),
-    "MISTRAL_API_KEY": ("mistral", "https://api.mistral.ai/v1"),
-    "DEEPSEEK_API_KEY": ("deepseek", "https://api.deepseek.com/v1"),
-    "TOGETHER_API_KEY": ("together", "https://api.together.xyz/v1"),
-    "OPENROUTER_API_KEY": ("openrouter", "https://openrouter.ai/api/v1"),
-}
+OWN = frozenset({"echo", "vllm"})  # providers that run here and charge nothing
 
 
 def with_builtin_routes(routes: tuple[RouteSettings, ...], environ: Mapping[str, str]) -> tuple[RouteSettings, ...]:
-    """*routes* and the model ``echo``; where nothing is configured, also the providers whose keys are in *environ*.
+    """*routes*, completed, and the model ``echo``; where nothing is configured, also the providers whose keys are in *environ*.
 
     ``OPENAI_BASE_URL``, which OpenAI's own SDK reads, moves that provider elsewhere.
     """
-    found: list[RouteSettings] = list(routes)
-    if not routes:
-        for name, (route, base_url) in KEYS_IN_ENVIRONMENT.items():
-            if environ.get(name):
-                if name == "OPENAI_API_KEY":
-                    base_url = environ.get("OPENAI_BASE_URL") or base_url  # noqa: PLW2901
-                found.append(
-                    RouteSettings(id=RouteId(route), provider="openai", base_url=base_url, api_keys=(f"env:{name}",))
-                )
+    found = [completed(route, environ) for route in (routes or _with_keys(environ))]
     if not any(route.id == ECHO.id for route in found):
         found.append(ECHO)
     return tuple(found)
+
+
+def completed(route: RouteSettings, environ: Mapping[str, str]) -> RouteSettings:
+    """*route* with what it leaves out: address, key and prices of a known provider. What it says itself stays.
+
+    A key from the environment goes to the provider's own address and nowhere else.
+    """
+    known = known_provider(route)
+    base_url, api_keys = route.base_url, route.api_keys
+    if known is not None:
+        at_home = base_url is None or known.base_url is None or same_address(base_url, known.base_url)
+        if at_home and not api_keys and known.key_env:
+            api_keys = (f"env:{_set_one(known.key_env, environ)}",)
+        base_url = base_url or known.base_url
+    models = tuple(priced(route, model) for model in route.models)
+    return msgspec.structs.replace(route, base_url=base_url, api_keys=api_keys, models=models)
+
+
+def known_provider(route: RouteSettings) -> KnownProvider | None:
+    """The entry of the table that *route* means, by its provider's name, or for ``openai`` by its address."""
+    if route.provider == "openai" and route.base_url is not None:
+        return known_at(route.base_url)
+    return known_providers().get(route.provider)
+
+
+def priced(route: RouteSettings, model: ModelSettings) -> ModelSettings:
+    """*model* with its price on *route*: as configured, else as the table of providers has it, else nothing if it runs here."""
+    if model.price is not None:
+        return model
+    known = known_provider(route)
+    if route.provider in OWN or _is_here(route.base_url):
+        price: Price | None = FREE
+    else:
+        price = None if known is None else known_price(known, model.upstream_name)
+    return msgspec.structs.replace(model, price=price or UNKNOWN)
+
+
+def _with_keys(environ: Mapping[str, str]) -> tuple[RouteSettings, ...]:
+    """A route for each known provider whose key is in *environ*; of those that need a library, the compatible API."""
+    return tuple(
+        RouteSettings(
+            id=RouteId(name),
+            provider=name,
+            base_url=(environ.get(known.base_url_env) if known.base_url_env else None) or known.base_url,
+            api_keys=(f"env:{_set_one(known.key_env, environ)}",),
+        )
+        for name, known in known_providers().items()
+        if known.wire == "openai" and known.base_url and any(environ.get(variable) for variable in known.key_env)
+    )
+
+
+def _set_one(variables: tuple[str, ...], environ: Mapping[str, str]) -> str:
+    return next((variable for variable in variables if environ.get(variable)), variables[0])
+
+
+def _is_here(base_url: str | None) -> bool:
+    """Whether that is a server on this machine."""
+    try:
+        host = urlsplit(base_url or "").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def discovers(settings: Settings) -> bool:
@@ -271,7 +325,7 @@ def _dollars(name: str, value: object) -> int:
 
 def _refuse_unknown(table: object, struct: type[Struct], what: str) -> None:
     """For the Structs that travel, which ignore what they don't know. Raises: ValueError."""
-    known = [field.name for field in msgspec.structs.fields(struct)]
+    known = [field.name for field in msgspec.structs.fields(struct) if field.name != "unknown"]
     for name in table if isinstance(table, dict) else ():
         if name not in known:
             raise ValueError(f"{name!r} is not {what}; there are {', '.join(known)}")

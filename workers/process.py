@@ -19,7 +19,7 @@ from bus.publisher import Publisher
 from schemas.errors import PenstockError
 from schemas.ids import WorkerId
 from schemas.local import write_private
-from schemas.settings import ModelSettings, RouteSettings, Settings
+from schemas.settings import ModelSettings, RouteSettings, Settings, priced
 from workers.providers import make_provider
 from workers.providers.base import Provider
 from workers.worker import Route, Worker
@@ -98,7 +98,7 @@ async def _serve_when_named(worker: Worker, route: RouteSettings, provider: Prov
     while True:
         try:
             names = await provider.models()
-            models = tuple(ModelSettings(name=name) for name in names[:MODELS_MAX])
+            models = tuple(priced(route, ModelSettings(name=name)) for name in names[:MODELS_MAX])
             await worker.add(Route(route, provider, models))
         except PenstockError as error:  # the provider can't be asked, or NATS is away at this very moment
             log.warning("route_not_served", route=route.id, error=error.message, again_in_s=ASK_AGAIN_S)

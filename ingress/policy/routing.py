@@ -29,8 +29,8 @@ def plan(
     """The plan for *model*: its live routes (*offers*), by the rank the operator *stated*.
 
     *why_not* tells why its workers take no jobs, where one says so.
-    A stated price counts before the one that a worker offers. *known* tells a model that is served at other times from
-    one that never was.
+    A stated price counts before the one that a worker offers, unless it is unknown. *known* tells a model that is served at
+    other times from one that never was.
 
     Raises: NoLiveRoute, ModelNotFound.
     """
@@ -55,4 +55,4 @@ def _rank(stated: RouteStated | None) -> int:
 def _price(stated: RouteStated | None, model: str) -> Price | None:
     if stated is None or stated.removed:
         return None
-    return next((entry.price for entry in stated.models if entry.name == model), None)
+    return next((entry.price for entry in stated.models if entry.name == model and not entry.price.unknown), None)

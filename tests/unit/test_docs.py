@@ -27,6 +27,7 @@ SAID_IN_WORDS = {
     "home",
     "routes.base_url",
     "routes.api_keys",
+    "routes.headers",
     "routes.models",
     "routes.models.upstream",
     "routes.models.price",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from schemas.errors import SetupError
-from schemas.settings import RouteSettings, WorkerSettings
+from schemas.providers import known_providers
+from schemas.settings import RouteSettings, WorkerSettings, known_provider
 from workers.providers.base import Provider
 from workers.providers.echo import Echo
+from workers.providers.known import Known
 from workers.providers.openai import OpenAI
 from workers.providers.vllm import Vllm
 
-_KNOWN: dict[str, Callable[[RouteSettings, WorkerSettings], Provider]] = {
+_OWN: dict[str, Callable[[RouteSettings, WorkerSettings], Provider]] = {
     "echo": lambda route, _: Echo.from_route(route),
     "openai": OpenAI.from_route,
     "vllm": Vllm.from_route,
@@ -23,8 +25,11 @@ def make_provider(route: RouteSettings, settings: WorkerSettings) -> Provider:
 
     Raises: SetupError if the route can't work as it is written.
     """
-    make = _KNOWN.get(route.provider)
+    known = known_provider(route)
+    if known is not None:
+        return Known.of(known, route, settings)
+    make = _OWN.get(route.provider)
     if make is None:
-        known = ", ".join(sorted(_KNOWN))
-        raise SetupError(f"route {route.id!r}: unknown provider {route.provider!r}; known are: {known}")
+        names = ", ".join(sorted({*_OWN, *known_providers()}))
+        raise SetupError(f"route {route.id!r}: unknown provider {route.provider!r}; known are: {names}")
     return make(route, settings)

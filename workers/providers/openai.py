@@ -8,7 +8,7 @@ Source: docs/adr/0020-pass-through.md, docs/adr/0022-upstream-faults.md
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -64,6 +64,7 @@ class OpenAI:
         models: tuple[ModelSettings, ...] = (),
         *,
         key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         max_concurrency: int = 64,
         settings: WorkerSettings | None = None,
         socket: Path | None = None,
@@ -71,11 +72,11 @@ class OpenAI:
         """With *socket* the server is behind that Unix socket, and *base_url* only names it."""
         self._settings = settings or WorkerSettings()
         self._upstream_names = {model.name: model.upstream_name for model in models}
-        headers = {"Content-Type": "application/json"}
+        sent = {"Content-Type": "application/json", **(headers or {})}
         if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
+            sent |= self._key_headers(key)
         self._upstream = Upstream(
-            base_url, headers, max_concurrency=max_concurrency, settings=self._settings, socket=socket
+            base_url, sent, max_concurrency=max_concurrency, settings=self._settings, socket=socket
         )
 
     @classmethod
@@ -83,7 +84,14 @@ class OpenAI:
         """Raises: SetupError if the address isn't one, or none of the keys can be read."""
         base_url = address(route)
         key = first_key(route)
-        return cls(base_url, route.models, key=key, max_concurrency=route.max_concurrency, settings=settings)
+        return cls(
+            base_url,
+            route.models,
+            key=key,
+            headers=route.headers,
+            max_concurrency=route.max_concurrency,
+            settings=settings,
+        )
 
     def upstream_model(self, model: str) -> str:
         return self._upstream_names.get(model, model)
@@ -169,6 +177,10 @@ class OpenAI:
     def _reader(self) -> ChunkReader:
         return ChunkReader()
 
+    def _key_headers(self, key: str) -> dict[str, str]:
+        """How the key is sent."""
+        return {"Authorization": f"Bearer {key}"}
+
     def _body(self, job: Job) -> bytes:
         return rewritten(job, self.upstream_model(job.model))
 
@@ -190,10 +202,11 @@ async def _must_be(content_type: str, answer: UpstreamAnswer, patience: Patience
     raise ProviderNonsense(f"The provider answered with {stated!r} where {content_type!r} is expected.")
 
 
-def rewritten(job: Job, upstream_model: str) -> bytes:
+def rewritten(job: Job, upstream_model: str, *, ask_usage: bool = True) -> bytes:
     """The client's body with the provider's name of the model, and for a stream with the usage asked for.
 
-    Every other member, known or not, goes on byte for byte.
+    Without *ask_usage*, for a provider that refuses to be asked, there are no stream options at all. Every other member, known
+    or not, goes on byte for byte.
     Raises: ProviderRejected if the body is not a JSON object.
     """
     try:
@@ -203,7 +216,10 @@ def rewritten(job: Job, upstream_model: str) -> bytes:
     members["model"] = Raw(_encode(upstream_model))
     if job.stream:
         members["stream"] = _TRUE
-        members["stream_options"] = _with_usage(members.get("stream_options"))
+        if ask_usage:
+            members["stream_options"] = _with_usage(members.get("stream_options"))
+        else:
+            members.pop("stream_options", None)
     elif "stream" in members:
         members["stream"] = _FALSE
     return _encode(members)

@@ -5,9 +5,19 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import SetupError
+from schemas.ids import RouteId
 from schemas.jobs import Timeouts
-from schemas.money import Price
-from schemas.settings import ECHO, Settings, load, secret, with_builtin_routes
+from schemas.money import FREE, UNKNOWN, Price
+from schemas.settings import (
+    ECHO,
+    ModelSettings,
+    RouteSettings,
+    Settings,
+    load,
+    priced,
+    secret,
+    with_builtin_routes,
+)
 
 ROUTE = '[[routes]]\nid = "r"\nprovider = "openai"\n'
 MODEL = ROUTE + '[[routes.models]]\nname = "m"\n'
@@ -163,3 +173,74 @@ def test_configured_routes_are_not_joined_by_found_ones(config: Path) -> None:
 def test_a_configured_echo_stands_in_for_the_built_in_one(config: Path) -> None:
     configured = written(config, '[[routes]]\nid = "echo"\nprovider = "echo"\ndelay_ms = 5\n').routes
     assert with_builtin_routes(configured, {}) == configured
+
+
+def test_a_known_provider_needs_only_its_name(config: Path) -> None:
+    routes = written(config, '[[routes]]\nid = "fast"\nprovider = "groq"\n').routes
+    [route, _] = with_builtin_routes(routes, {})
+    assert (route.base_url, route.api_keys) == ("https://api.groq.com/openai/v1", ("env:GROQ_API_KEY",))
+
+
+def test_what_a_route_says_comes_before_what_is_known(config: Path) -> None:
+    text = """
+[[routes]]
+id = "fast"
+provider = "groq"
+api_keys = ["env:MINE"]
+[[routes.models]]
+name = "mine"
+upstream = "openai/gpt-oss-120b"
+price = { input = 1, output = 2 }
+[[routes.models]]
+name = "openai/gpt-oss-120b"
+[[routes.models]]
+name = "never-heard-of"
+"""
+    [route, _] = with_builtin_routes(written(config, text).routes, {"GROQ_API_KEY": "sk"})
+    assert route.api_keys == ("env:MINE",)
+    assert [model.price for model in route.models] == [
+        Price(input=1_000_000, output=2_000_000),
+        Price(input=150_000, cached_input=75_000, output=600_000),
+        UNKNOWN,
+    ]
+
+
+def test_a_key_from_the_environment_goes_to_the_providers_own_address_alone(config: Path) -> None:
+    text = '[[routes]]\nid = "r"\nprovider = "{}"\nbase_url = "{}"\n'
+    for provider, base_url, keys in (
+        ("openai", "https://elsewhere.example/v1", ()),
+        ("groq", "https://elsewhere.example/v1", ()),
+        ("openai", "https://api.groq.com/openai/v1", ("env:GROQ_API_KEY",)),
+        ("azure", "https://me.openai.azure.com/openai/v1", ("env:AZURE_OPENAI_API_KEY",)),
+    ):
+        [route, _] = with_builtin_routes(written(config, text.format(provider, base_url)).routes, {})
+        assert (route.base_url, route.api_keys) == (base_url, keys)
+
+
+def test_of_several_variables_the_one_that_is_set_holds_the_key() -> None:
+    [route, _] = with_builtin_routes((), {"GOOGLE_API_KEY": "sk"})
+    assert (route.id, route.api_keys) == ("google-compatible", ("env:GOOGLE_API_KEY",))
+
+
+@pytest.mark.parametrize(
+    ("route", "price"),
+    [
+        (RouteSettings(id=RouteId("r"), provider="echo"), FREE),
+        (RouteSettings(id=RouteId("r"), provider="vllm"), FREE),
+        (RouteSettings(id=RouteId("r"), provider="openai", base_url="http://127.0.0.1:11434/v1"), FREE),
+        (RouteSettings(id=RouteId("r"), provider="openai", base_url="http://localhost:1234/v1"), FREE),
+        (RouteSettings(id=RouteId("r"), provider="openai", base_url="http://[::1]:1/v1"), FREE),
+        (RouteSettings(id=RouteId("r"), provider="openai", base_url="http://10.0.0.7:8000/v1"), UNKNOWN),
+        (RouteSettings(id=RouteId("r"), provider="openai"), Price(input=150_000, cached_input=75_000, output=600_000)),
+        (RouteSettings(id=RouteId("r"), provider="together"), UNKNOWN),
+    ],
+)
+def test_a_model_without_a_stated_price_has_the_known_one_or_is_free_here_or_unknown(
+    route: RouteSettings, price: Price
+) -> None:
+    assert priced(route, ModelSettings(name="gpt-4o-mini")).price == price
+
+
+def test_nobody_can_write_that_a_price_is_unknown(config: Path) -> None:
+    with pytest.raises(SetupError, match="'unknown' is not a price"):
+        written(config, MODEL + "price = { unknown = true }")

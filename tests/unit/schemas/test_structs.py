@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import admin, settings
+from schemas import admin, providers, settings
 from schemas.control import ControlEvent
 from schemas.events import Event
 from schemas.frames import Frame
@@ -27,7 +27,11 @@ STRUCTS = sorted(
     },
     key=lambda struct: (struct.__module__, struct.__name__),
 )
-TYPED_BY_PEOPLE = {settings.__name__, admin.__name__}  # where a typing mistake must not pass for a setting
+TYPED_BY_PEOPLE = {
+    settings.__name__,
+    admin.__name__,
+    providers.__name__,
+}  # where a typing mistake must not pass for a setting
 
 
 def ids(struct: type) -> str:
