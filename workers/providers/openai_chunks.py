@@ -21,8 +21,8 @@ DONE = b"[DONE]"
 
 _NULL = NULL  # itself: what isn't there is told by identity
 _QUOTES_BYTES = 2
-_OURS = ("object", "created", "model")
-_OF_NO_INTEREST = frozenset({"system_fingerprint", "service_tier", "obfuscation"})  # when they come alone
+_OURS = ("object", "created", "model", "obfuscation")  # the ingress pads by itself
+_OF_NO_INTEREST = frozenset({"system_fingerprint", "service_tier"})  # when they come alone
 _FAILED = frozenset({"abort", "error"})  # how vLLM and SGLang end a generation that went wrong
 
 

@@ -167,7 +167,6 @@ async def test_an_answer_with_every_hostile_character_stays_whole(
     assert whole["choices"][0]["message"]["content"] == text
 
 
-@pytest.mark.xfail(strict=True, reason="workers/providers/openai_chunks.py passes the provider's member obfuscation on")
 async def test_a_providers_own_padding_is_not_sent_on_beside_ours(
     gateway: Gateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
