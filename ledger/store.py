@@ -49,6 +49,7 @@ class Store:
 
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._connection = connection
+        self._for_queries = connection.cursor()  # never busy itself: a connection refuses what comes while it works
         self._appenders = {cls: connection.appender(table) for cls, table in TABLES.items()}
 
     @classmethod
@@ -80,13 +81,14 @@ class Store:
         While a query still runs that can't be interrupted, the file stays open: the log beside it has everything.
         """
         try:
+            self._for_queries.close()
             self._connection.close()
         except duckdb.ResourceInUseException:
             log.warning("file_left_open")
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection of its own to the same database, for one query."""
-        return self._connection.cursor()
+        return self._for_queries.cursor()
 
     def read_cursor(self, name: str) -> Cursor:
         """How far the stream *name* has been read."""

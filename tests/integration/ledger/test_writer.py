@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from bus.connection import Connection, connect
 from bus.log import EventLog
 from bus.publisher import Publisher
-from bus.reader import StreamGap
+from bus.reader import StoredMessage, StreamGap
 from bus.server import EmbeddedServer
 from bus.streams import ensure_streams
-from ledger.store import FILE, Store
+from ledger.batch import Cursor, Placed
+from ledger.store import FILE, Store, StoreOutOfMemory
 from ledger.writer import Writer
 from schemas import subjects
 from schemas.errors import SetupError
@@ -165,5 +167,36 @@ async def test_a_gap_stops_the_ledger_instead_of_being_skipped(
         async with asyncio.timeout(10):
             await writer.run()
     assert rows(store, "select count(*) from events") == [(2,)]
+    await own.close()
+    store.close()
+
+
+class ShortOfMemory(Store):
+    """Has no memory left for a while."""
+
+    refusals = 2
+
+    def append(self, messages: Sequence[StoredMessage], cursor: Cursor) -> tuple[Cursor, list[Placed]]:
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreOutOfMemory
+        return super().append(messages, cursor)
+
+
+async def test_the_writer_has_the_first_right_to_the_memory(
+    nats_server: EmbeddedServer, connection: Connection, publisher: Publisher, home: Path
+) -> None:
+    """Analysts' queries share the database's memory; they are given up, and the batch is stored all the same."""
+    store = ShortOfMemory.open(home / FILE, LedgerSettings())
+    own = await connect(nats_server.url, name="ledger")
+    freed: list[int] = []
+    writer = Writer(own, store, batch_pages=100, free_memory=lambda: freed.append(1))
+    await writer.start()
+    running = asyncio.create_task(writer.run())
+    await publisher.publish("events.test", samples.page(*samples.whole()), timeout_s=5)
+    await eventually(lambda: writer.cursors[subjects.EVENTS].last_position == 4)
+    assert len(freed) == 2
+    writer.stop()
+    await running
     await own.close()
     store.close()
