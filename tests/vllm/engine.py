@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -74,24 +73,16 @@ class Engine:
 
 @contextlib.contextmanager
 def serve_tiny_model(log_path: Path) -> Iterator[Engine]:
-    model = tiny_model_folder()
-    port = free_port()
-    command = (
-        sys.executable,
-        str(HERE / "vllm_cli.py"),
-        "serve",
-        str(model),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    )
-    with guarded(
-        (*command, *SERVE_OPTIONS),
-        env={**os.environ, **ENVIRONMENT},
-        log_path=log_path,
-        stop_within_s=STOP_TIMEOUT_S,
-    ) as process:
+    vllm_serve = (sys.executable, str(HERE / "vllm_cli.py"), "serve", str(tiny_model_folder()))
+    with (
+        reserved_port() as port,
+        guarded(
+            (*vllm_serve, "--host", "127.0.0.1", "--port", str(port), *SERVE_OPTIONS),
+            env={**os.environ, **ENVIRONMENT},
+            log_path=log_path,
+            stop_within_s=STOP_TIMEOUT_S,
+        ) as process,
+    ):
         engine = Engine(base_url=f"http://127.0.0.1:{port}", process=process)
         process.wait_until_ready(lambda: _answers(f"{engine.base_url}/health"), timeout_s=START_TIMEOUT_S)
         yield engine
@@ -113,16 +104,25 @@ def tiny_model_folder() -> Path:
             )
             if made.returncode:
                 raise RuntimeError(f"no tiny model\n{made.stderr}")
-            shutil.move(f"{scratch}/model", folder)
+            try:
+                Path(scratch, "model").rename(folder)
+            except OSError:
+                if not folder.exists():  # else another run was quicker
+                    raise
     return folder
 
 
-def free_port() -> int:
-    """A port that is free now; vLLM binds it within seconds, before it loads the model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else gets until vLLM binds it, which is seconds from now.
+
+    Both sides say SO_REUSEADDR, so that vLLM may bind what is bound here and not listened to. To any other program that asks
+    for a free port this one is taken.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def _answers(url: str) -> bool:
