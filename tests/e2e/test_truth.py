@@ -30,7 +30,8 @@ pytestmark = pytest.mark.timeout(60)
 
 def _cost(told: dict[str, Any]) -> Decimal:
     fresh: int = told["prompt_tokens"] - told["cached_tokens"]
-    return PICO * (fresh * INPUT_PICO + told["cached_tokens"] * CACHED_PICO + told["completion_tokens"] * OUTPUT_PICO)
+    pico = fresh * INPUT_PICO + told["cached_tokens"] * CACHED_PICO + told["completion_tokens"] * OUTPUT_PICO
+    return PICO * int(pico)
 
 
 def _is(told: dict[str, Any], **expected: Any) -> None:
