@@ -41,11 +41,6 @@ class Intake:
         self._owed: set[Puller] = set()  # of a pool: they ask again when a slot is free
         self._paused = False
 
-    @property
-    def puller(self) -> Puller | None:
-        """The one for all models, where this is no pool."""
-        return self._pullers.get(None)
-
     async def start(self, models: tuple[str, ...]) -> None:
         """Raises: ApiError, BusUnavailable."""
         for model in models if self._pool else (None,):

@@ -76,11 +76,6 @@ class Route:
         self.idle.set()
         self.down: str | None = None  # why it takes no jobs at the moment
 
-    @property
-    def puller(self) -> Puller | None:
-        """The only one, if this is no pool and it is open."""
-        return None if self.intake is None else self.intake.puller
-
     def take_slot(self) -> None:
         self.free -= 1
         self.idle.clear()
@@ -231,7 +226,11 @@ class Worker:
         )
         route.intake = intake
         route.provider.attach(lambda reason: self._tell(route, reason))
-        await intake.start(route.names())
+        try:
+            await intake.start(route.names())
+        except PenstockError:
+            await intake.stop()
+            raise
 
     def _tell(self, route: Route, reason: str | None) -> None:
         """The route can't serve, for *reason*, or can again: it pulls or doesn't, and every ingress hears of it at once."""
