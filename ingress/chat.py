@@ -70,7 +70,7 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._running += 1
         try:
-            visit = Visit(Arrival(RequestId(new_id()), asyncio.get_running_loop().time(), time.time_ns()))
+            visit = Visit(Arrival(RequestId(new_id()), time.monotonic(), time.time_ns()))
             try:
                 exchange, request = await self._admit(visit, scope, receive)
             except PenstockError as error:

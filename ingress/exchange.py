@@ -60,7 +60,7 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """When and as what a request came in. *at* is the event loop's clock."""
+    """When and as what a request came in. *at* is monotonic seconds; the event loop's own clock may count in milliseconds."""
 
     request_id: RequestId
     at: float
@@ -125,7 +125,6 @@ class Exchange:
         self._principal = principal
         self._plan = plan
         self._prompt_hash = prompt_hash
-        self._loop = asyncio.get_running_loop()
         self._relay: Relay | None = None
         self._accepted: asyncio.Future[None] | None = None
         self._job_seq: int | None = None
@@ -143,7 +142,7 @@ class Exchange:
         self._answer = answer
         listener = asyncio.create_task(self._listen(receive))
         try:
-            async with asyncio.timeout_at(self._arrival.at + self._s.timeouts.total_s) as self._limit:
+            async with asyncio.timeout(self._s.timeouts.total_s) as self._limit:
                 ending = await self._attempts()
         except TimeoutError:
             ending = self._given_up()
@@ -164,7 +163,7 @@ class Exchange:
     def _give_up(self) -> None:
         """The client reads too slowly. We may be stuck in writing to it, so this is cut off as the total time-out is."""
         if not self._limit.expired():
-            self._limit.reschedule(self._loop.time())
+            self._limit.reschedule(asyncio.get_running_loop().time())
 
     def _given_up(self) -> Ending:
         if self._relay is not None and self._relay.gone is not None:
@@ -221,18 +220,19 @@ class Exchange:
             self._accepted = self._s.log.append(self._accepted_event())
         self._job_seq = await self._s.queue.publish(self._job(relay, epoch))
         await self._s.log.durable(self._accepted, within_s=RECORD_WAIT_S)  # no byte goes out before both are on record
-        self._heard_at = self._loop.time()
+        self._heard_at = time.monotonic()
         comment_at = self._heard_at + self._s.keep_alive_comment_s
         while True:
             frames = await relay.take(min(self._deadline(), comment_at))
             if relay.gone is not None:
                 return self._left(relay.gone)
-            now = self._loop.time()
+            now = time.monotonic()
             if not frames:
                 if now >= self._deadline():
                     raise self._timeout()
-                await self._answer.keep_alive()
-                comment_at = now + self._s.keep_alive_comment_s
+                if now >= comment_at:  # timers may be a millisecond early
+                    await self._answer.keep_alive()
+                    comment_at = now + self._s.keep_alive_comment_s
                 continue
             self._heard_at = now
             comment_at = now + self._s.keep_alive_comment_s
@@ -328,7 +328,7 @@ class Exchange:
             accepted_ns=self._arrival.ns,
             queue_us=self._queue_us,
             first_token_us=self._first_token_us,
-            duration_us=self._arrival.since_us(self._loop.time()),
+            duration_us=self._arrival.since_us(time.monotonic()),
             usage=usage,
             estimated=usage.total_tokens > 0 and (frame is None or frame.usage is None),
             price=price,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -52,13 +53,13 @@ class Relay:
         self._waiter: asyncio.Future[None] | None = None
 
     async def take(self, until: float) -> list[AnyFrame]:
-        """All frames that wait; none when the loop's clock reaches *until* first, or when the reader has gone.
+        """All frames that wait; none when *until* (monotonic seconds) comes first, or when the reader has gone.
 
         Raises: WorkerLost or FrameGap, after the frames that came before.
         """
         if not self._frames and self._error is None and self.gone is None:
             self._waiter = self._loop.create_future()
-            timer = self._loop.call_at(until, self._wake)
+            timer = self._loop.call_later(max(0.0, until - time.monotonic()), self._wake)
             try:
                 await self._waiter
             finally:
@@ -118,7 +119,7 @@ class Relay:
 
     def _accept(self, frame: AnyFrame, size: int) -> None:
         if isinstance(frame, Started):
-            self.started_at = self._loop.time()
+            self.started_at = time.monotonic()
         self._expected += 1
         if self.gone is not None:
             return

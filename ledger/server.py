@@ -36,6 +36,7 @@ log = structlog.get_logger()
 
 BODY_MAX_BYTES = 1024 * 1024
 BODY_TIMEOUT_S = 10.0
+CATCH_UP_S = 2.0  # how long a query waits for events that are durable and not stored yet
 ANALYSTS = frozenset({Role.ANALYST, Role.ADMIN})
 TRUNCATED_HEADER = "x-penstock-truncated"
 ROWS_HEADER = "x-penstock-rows"
@@ -57,6 +58,7 @@ def build_app(writer: Writer, queries: Queries, *, now_ns: Callable[[], int] = t
         key = authorized(request.headers.get("authorization"), writer.control, now_ns=now_ns())
         asked = await _body(request)
         began = time.monotonic()
+        await writer.catch_up(within_s=CATCH_UP_S)
         result = await _while_client_waits(request, queries.run(asked.sql, asked.params, asked.format))
         if result is None:
             return Response(status_code=499)  # nobody is there to read it

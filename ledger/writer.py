@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from bus.connection import Connection
+from bus.connection import ApiError, BusUnavailable, Connection
 from bus.reader import OrderedReader, StoredMessage
+from bus.streams import stream_state
 from ledger.batch import Cursor
 from ledger.store import Store, StoreOutOfMemory
 from schemas import subjects
@@ -26,8 +27,8 @@ log = structlog.get_logger()
 
 IDLE_WAIT_S = 0.1  # how long a read waits before it looks whether to stop
 FULL_BATCH = 256  # so many messages at once: there are more, so the next commit doesn't wait
-GATHER_MAX_S = 0.12
-GATHER_SHARE = 16  # a small commit is followed by up to so many times its own length of gathering
+GATHER_MAX_S = 0.5  # no query waits for it: see `catch_up`
+GATHER_SHARE = 50  # a small commit is followed by up to so many times its own length of gathering
 DRAIN_S = 10.0
 OUT_OF_MEMORY_TRIES = 5
 
@@ -53,6 +54,9 @@ class Writer:
         self._readers: dict[str, OrderedReader] = {}
         self._unsure: set[str] = set()  # streams that may have been replaced while we were disconnected
         self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()  # somebody waits for what is not stored yet
+        self._hurrying = 0
+        self._moved = asyncio.Event()  # a cursor has moved
         self._caught_up = {name: asyncio.Event() for name in (subjects.CONTROL, subjects.EVENTS)}
 
     @property
@@ -104,6 +108,28 @@ class Writer:
 
     def stop(self) -> None:
         self._stopping.set()
+        self._hurry.set()
+
+    async def catch_up(self, *, within_s: float) -> bool:
+        """Stores all that was in EVENTS when this was called, so that a query sees every event that was durable before it.
+
+        False if that takes longer than *within_s*, or NATS can't tell how far it is: then a query sees what there is.
+        """
+        self._hurrying += 1
+        self._hurry.set()
+        try:
+            async with asyncio.timeout(within_s):
+                wanted = int((await stream_state(self._connection, subjects.EVENTS))["last_seq"])
+                while self._cursors[subjects.EVENTS].last_seq < wanted:
+                    self._moved.clear()
+                    await self._moved.wait()
+        except (TimeoutError, ApiError, BusUnavailable):
+            return False
+        finally:
+            self._hurrying -= 1
+            if self._hurrying == 0 and not self._stopping.is_set():
+                self._hurry.clear()
+        return True
 
     async def pending(self) -> dict[str, int]:
         """How many messages of each stream are not stored yet.
@@ -139,7 +165,7 @@ class Writer:
         """Lets some more messages come, so that a thin stream of them doesn't cost a commit each."""
         try:
             async with asyncio.timeout(min(GATHER_MAX_S, took_s * GATHER_SHARE)):
-                await self._stopping.wait()
+                await self._hurry.wait()
         except TimeoutError:
             pass
 
@@ -151,6 +177,7 @@ class Writer:
             self._unsure.discard(name)
         cursor, stated = await self._append(messages, self._cursors[name])
         self._cursors[name] = cursor
+        self._moved.set()
         for event in stated:
             self.control.apply(event)
         took_s = time.monotonic() - began
