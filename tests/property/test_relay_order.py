@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,36 +14,13 @@ from schemas.errors import FrameGap, PenstockError
 from schemas.frames import AnyFrame, Delta, Finished, Started
 from schemas.ids import IngressId, RequestId, WorkerId, new_nonce
 from schemas.jobs import Cancel, Resend
+from tests.unit.ingress.doubles import Message, Wall
 
 WORKER, OTHER = WorkerId("worker-a"), WorkerId("worker-b")
 INGRESS = IngressId("ingress-a")
 REQUEST = RequestId("r")
 FRAMES_MAX = 30
 BIG = 1 << 30
-
-
-class Said:
-    """A connection on which everything is said to a wall, and remembered."""
-
-    is_up = True
-
-    def __init__(self) -> None:
-        self.commands: list[tuple[str, Any]] = []
-
-    async def say(self, subject: str, payload: bytes) -> None:
-        self.commands.append((subject, codec.decode_command(payload)))
-
-    async def listen(self, _: str, on_message: Callable[[Any], Awaitable[None]]) -> None:
-        self.on_message = on_message
-
-    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
-        self.reconnected = callback
-
-
-class Message:
-    def __init__(self, subject: str, data: bytes) -> None:
-        self.subject = subject
-        self.data = data
 
 
 def frames_of(count: int, *, mark: str = "", epoch: int = 1, worker: WorkerId = WORKER) -> list[AnyFrame]:
@@ -61,8 +36,8 @@ def frames_of(count: int, *, mark: str = "", epoch: int = 1, worker: WorkerId = 
     ]
 
 
-def board(said: Said, *, max_bytes: int = BIG) -> Switchboard:
-    return Switchboard(said, ingress=INGRESS, max_bytes_per_relay=max_bytes)  # type: ignore[arg-type]  # as much of one as is used
+def board(wall: Wall, *, max_bytes: int = BIG) -> Switchboard:
+    return Switchboard(wall, ingress=INGRESS, max_bytes_per_relay=max_bytes)  # type: ignore[arg-type]  # as much of one as is used
 
 
 async def everything(relay: Relay) -> list[AnyFrame]:
@@ -96,7 +71,7 @@ def test_any_order_of_arrival_gives_a_beginning_of_the_original_order(given_: tu
 
     async def run() -> None:
         sent = frames_of(count)
-        relay = board(Said()).open(new_nonce())
+        relay = board(Wall()).open(new_nonce())
         got: list[AnyFrame] = []
         for seq in arrivals:
             assert relay.feed(sent[seq], 1, worker=WORKER)
@@ -116,8 +91,8 @@ def test_what_was_lost_is_asked_for_and_completes_the_stream(
     count, arrivals = given_
 
     async def run() -> None:
-        sent, said = frames_of(count), Said()
-        switchboard = board(said)
+        sent, wall = frames_of(count), Wall()
+        switchboard = board(wall)
         relay = switchboard.open(new_nonce())
         got: list[AnyFrame] = []
         for seq in arrivals:
@@ -128,7 +103,7 @@ def test_what_was_lost_is_asked_for_and_completes_the_stream(
             relay.ask_again()  # what a reconnect does: the last frames are missed by nobody
         while len(got) < count and relay.worker is not None:
             await asyncio.sleep(0)
-            for subject, command in said.commands[answered:]:
+            for subject, command in wall.commands[answered:]:
                 assert isinstance(command, Resend)
                 assert subject == subjects.ctl(WORKER)
                 assert command.nonce == relay.nonce
@@ -136,7 +111,7 @@ def test_what_was_lost_is_asked_for_and_completes_the_stream(
                     if data.draw(st.booleans()) or frame.seq == len(got):
                         relay.feed(frame, 1, worker=WORKER)
                         got += await everything(relay)
-            answered = len(said.commands)
+            answered = len(wall.commands)
             relay.ask_again()
         assert got == (sent if arrivals else [])
         relay.close()
@@ -153,7 +128,7 @@ def test_a_second_worker_with_the_same_job_never_speaks_in_between(arrivals: lis
             WORKER: frames_of(10, mark="a"),
             OTHER: frames_of(10, mark="b", worker=OTHER),
         }
-        relay = board(Said()).open(new_nonce())
+        relay = board(Wall()).open(new_nonce())
         got: list[AnyFrame] = []
         first = None
         for other, seq in arrivals:
@@ -173,8 +148,8 @@ def test_frames_of_another_epoch_never_reach_the_reader_of_this_one(arrivals: li
     """Each attempt has a nonce of its own: an old one is unknown once it is closed, and whoever uses it is told to stop."""
 
     async def run() -> None:
-        said = Said()
-        switchboard = board(said)
+        wall = Wall()
+        switchboard = board(wall)
         await switchboard.start()
         old, new = switchboard.open(new_nonce()), switchboard.open(new_nonce())
         switchboard.close(old)
@@ -183,11 +158,11 @@ def test_frames_of_another_epoch_never_reach_the_reader_of_this_one(arrivals: li
         got: list[AnyFrame] = []
         for number, seq in arrivals:
             subject = subjects.frames(WORKER, INGRESS, nonces[number])
-            await said.on_message(Message(subject, codec.encode(streams[number][seq])))
+            await wall.listeners[subjects.frames_filter(INGRESS)](Message(subject, codec.encode(streams[number][seq])))
             got += await everything(new)
         assert [codec.encode(frame) for frame in got] == [codec.encode(frame) for frame in streams[1][: len(got)]]
         await asyncio.sleep(0)
-        stopped = [command.nonce for _, command in said.commands if isinstance(command, Cancel)]
+        stopped = [command.nonce for _, command in wall.commands if isinstance(command, Cancel)]
         strange = [nonces[number] for number, seq in arrivals if number != 1 and seq < 9]
         assert stopped == strange
         switchboard.close(new)
@@ -199,7 +174,7 @@ def test_frames_of_another_epoch_never_reach_the_reader_of_this_one(arrivals: li
 def test_what_waits_is_bounded_by_bytes_in_order_and_out_of_it(count: int, size: int, max_bytes: int) -> None:
     async def run() -> None:
         overflows = []
-        switchboard = board(Said(), max_bytes=max_bytes)
+        switchboard = board(Wall(), max_bytes=max_bytes)
         sent = frames_of(count)
         ordered = switchboard.open(new_nonce(), on_overflow=lambda: overflows.append(True))
         for frame in sent:
@@ -229,7 +204,7 @@ async def _error(relay: Relay) -> PenstockError | None:
 
 def test_frames_out_of_order_are_bounded_in_number() -> None:
     async def run() -> None:
-        relay = board(Said()).open(new_nonce())
+        relay = board(Wall()).open(new_nonce())
         for frame in frames_of(OUT_OF_ORDER_MAX + 3)[1:]:
             relay.feed(frame, 1, worker=WORKER)
         assert isinstance(await _error(relay), FrameGap)
