@@ -40,6 +40,7 @@ format: $(VENV)/.dev  ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 bench: $(VENV)/.dev  ## Compare with LiteLLM and with the provider called directly; writes bench/RESULTS.md
+	@PYTHON=$(PYTHON) tools/bench-env
 	@$(BIN)/python -m bench.run $(ARGS)
 
 soak: $(VENV)/.dev  ## 100,000 requests, and what they do to the memory; adds to bench/RESULTS.md
@@ -47,6 +48,7 @@ soak: $(VENV)/.dev  ## 100,000 requests, and what they do to the memory; adds to
 
 lock: $(VENV)/.dev  ## Resolve the dependencies anew into requirements/*.lock
 	@tools/lock
+	@tools/vllm-env lock
 
 clean:  ## Remove what was built here
 	rm -rf $(VENV) .venv-vllm .venv-bench .cache build *.egg-info

@@ -30,6 +30,7 @@ from schemas.errors import SetupError
 from schemas.ids import IngressId
 from schemas.local import write_private
 from schemas.settings import Settings
+from schemas.tuning import settle_collector
 
 log = structlog.get_logger()
 
@@ -98,6 +99,7 @@ async def run_ingress(
         asyncio.get_running_loop().add_signal_handler(signal_number, _stop, server)
     port = sock.getsockname()[1]
     log.info("listening", host=settings.ingress.host, port=port)
+    settle_collector()
     if ready_file is not None:
         write_private(ready_file, msgspec.json.encode({"port": port, "pid": os.getpid()}))
     await server.serve(sockets=[sock])

@@ -20,6 +20,8 @@ from schemas.errors import PenstockError
 from schemas.ids import WorkerId
 from schemas.local import write_private
 from schemas.settings import ModelSettings, RouteSettings, Settings, priced
+from schemas.tuning import settle_collector
+from workers.discover import Discovery
 from workers.providers import make_provider
 from workers.providers.base import Provider
 from workers.worker import Route, Worker
@@ -39,8 +41,11 @@ async def run_worker(
     name: WorkerId,
     ready_file: Path | None,
     version: str,
+    discover: bool = False,
 ) -> None:
-    """Serves *routes* until SIGTERM or SIGINT; then drains. A second signal ends it at once.
+    """Serves *routes*, and with *discover* the model servers of this machine, until SIGTERM or SIGINT; then drains.
+
+    A second signal ends it at once.
 
     Raises: SetupError.
     """
@@ -72,17 +77,25 @@ async def run_worker(
         )
         for route, event in zip(unnamed, asked, strict=True)
     ]
+    discovery = Discovery(worker, routes, settings.worker)
+    if discover:
+        discovery.start()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FIRST_ANSWER_WAIT_S):
             for event in asked:
                 await event.wait()
+            if discover:
+                await discovery.looked()
     log.info("serving", worker=name, routes=worker.routes())
+    settle_collector()
     if ready_file is not None:
         write_private(ready_file, msgspec.json.encode({"worker": name, "pid": os.getpid()}))
     await stop.wait()
     for asker in askers:
         asker.cancel()
+    await discovery.stop()
     await _unless(stop_now, worker.drain())
+    await discovery.aclose()
     for provider in opened.values():
         await provider.aclose()
     await publisher.stop()
