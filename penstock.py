@@ -38,6 +38,7 @@ COMMANDS = {
 FIRST_MODEL_WAIT_S = 10.0
 KEY_BYTES = 32
 LISTEN_BACKLOG = 2048
+MODELS_SHOWN_MAX = 6  # of a route, in the greeting
 
 
 class Lazy(click.Group):
@@ -74,8 +75,9 @@ def up(
 ) -> None:
     """Run everything on this machine: NATS, ingress, ledger and workers, each a process of its own.
 
-    Needs nothing preinstalled. With no configuration it serves the providers whose keys are in the environment
-    (OPENAI_API_KEY, …) and always the built-in model `echo`. Ctrl-C or SIGTERM stops it in order and loses nothing.
+    Needs nothing preinstalled. With no configuration it serves the model servers of this machine (Ollama, LM Studio,
+    llama.cpp, vLLM), the providers whose keys are in the environment (OPENAI_API_KEY, …) and always the built-in
+    model `echo`. Ctrl-C or SIGTERM stops it in order and loses nothing.
     """
     from schemas.logs import configure  # noqa: PLC0415
 
@@ -138,7 +140,8 @@ async def _up(
         await _first_model(describe().base_url)
         tell()
         watcher = asyncio.create_task(supervisor.watch())
-        _greet(describe(), settings, seconds=time.monotonic() - began)
+        served = await asyncio.to_thread(_served, describe())
+        _greet(describe(), settings, served, seconds=time.monotonic() - began)
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait([stopped, watcher], return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -183,6 +186,7 @@ def _commands(
             **more,
         )
 
+    worker_stop_wait_s = 2 * settings.worker.drain_s + 10
     workers = ["worker"] + [f"worker-{number}" for number in range(2, settings.up.workers + 1)]
     return [
         command(
@@ -192,7 +196,11 @@ def _commands(
             pass_fds=(api.fileno(),),
             stop_wait_s=settings.ingress.drain_s + 10,
         ),
-        *(command(role, "worker", stop_wait_s=2 * settings.worker.drain_s + 10) for role in workers),
+        *(
+            # One of them looks for the machine's model servers: they are there once.
+            command(role, "worker", *(() if role == "worker" else ("--no-discover",)), stop_wait_s=worker_stop_wait_s)
+            for role in workers
+        ),
         command("ledger", "ledger", "--fd", str(ledger.fileno()), pass_fds=(ledger.fileno(),)),
     ]
 
@@ -245,15 +253,36 @@ async def _first_model(base_url: str) -> None:
     raise SetupError("the ingress has heard of no model; the workers' reason is above")
 
 
-def _read(url: str) -> bytes:
+def _read(url: str | urllib.request.Request) -> bytes:
     with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own address
         content: bytes = response.read()
         return content
 
 
-def _greet(ready: Ready, settings: Settings, *, seconds: float) -> None:
+def _served(ready: Ready) -> list[tuple[str, str, list[str]]]:
+    """What is served now: each route, its state and its models; those that are more than `echo` first."""
+    request = urllib.request.Request(  # noqa: S310 - our own address
+        ready.base_url.removesuffix("/v1") + "/admin/v1/routes", headers={"Authorization": f"Bearer {ready.admin_key}"}
+    )
+    try:
+        rows = msgspec.json.decode(_read(request))["data"]
+    except OSError:  # the greeting does without
+        return []
+    found = {row["route"]: (row["route"], row["state"], row["models"]) for row in rows if row["worker"] is not None}
+    return sorted(found.values(), key=lambda row: row[0] == "echo")
+
+
+def _told(route: str, state: str, models: list[str]) -> str:
+    more = f" and {len(models) - MODELS_SHOWN_MAX} more" if len(models) > MODELS_SHOWN_MAX else ""
+    names = ", ".join(models[:MODELS_SHOWN_MAX]) + more
+    return f"{route}: {names}" if state == "serving" else f"{route}: {state}"
+
+
+def _greet(ready: Ready, settings: Settings, served: list[tuple[str, str, list[str]]], *, seconds: float) -> None:
     models = [model.name for route in with_builtin_routes(settings.routes, os.environ) for model in route.models]
+    models += [name for _, state, names in served if state == "serving" for name in names]
     model = models[0] if models else "echo"
+    serving = "\n             ".join(_told(*row) for row in served)
     body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": "Hello"}]}).decode()
     click.echo(
         f"""\
@@ -263,6 +292,7 @@ Penstock is up ({seconds:.1f} s).
   API key    {ready.api_key}
   ledger     {ready.ledger_url}
   home       {ready.home}
+  serving    {serving}
 
 Try it:
 

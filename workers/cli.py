@@ -10,7 +10,7 @@ import click
 
 from schemas.errors import SetupError
 from schemas.ids import RouteId, WorkerId, new_name
-from schemas.settings import ModelSettings, RouteSettings, VllmSettings, load, with_builtin_routes
+from schemas.settings import ModelSettings, RouteSettings, VllmSettings, discovers, load, with_builtin_routes
 
 
 @click.command(
@@ -28,6 +28,11 @@ from schemas.settings import ModelSettings, RouteSettings, VllmSettings, load, w
     "--vllm-arg", "vllm_args", multiple=True, help="A flag for `vllm serve`, such as --vllm-arg=--max-model-len=8192."
 )
 @click.option(
+    "--discover/--no-discover",
+    default=None,
+    help="Look for model servers on this machine. Default: as configured, else where no route is.",
+)
+@click.option(
     "--slots", type=click.IntRange(1, 4096), default=64, show_default=True, help="With --model: answers at once."
 )
 def worker(
@@ -40,6 +45,7 @@ def worker(
     model: str | None,
     vllm_args: tuple[str, ...],
     slots: int,
+    discover: bool | None,
 ) -> None:
     """Run one worker: jobs in, tokens and receipts out.
 
@@ -70,6 +76,7 @@ def worker(
             name=WorkerId(name or new_name("worker")),
             ready_file=ready_file,
             version=importlib.metadata.version("penstock"),
+            discover=discovers(settings) and model is None and not only if discover is None else discover,
         )
     )
 

@@ -1,0 +1,94 @@
+"""A server on this machine as a provider: OpenAI's, with models that come and go, and an ear for refused connections."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+
+import msgspec
+from msgspec import Raw
+
+from schemas.errors import ProviderUnreachable
+from schemas.ids import IngressId, KeyId, OrgId, RequestId, new_id, new_nonce
+from schemas.jobs import Job, Timeouts
+from schemas.money import Price
+from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
+from workers.local.kinds import Models
+from workers.providers.base import Chunk, Tell
+from workers.providers.habits import say_max_tokens
+from workers.providers.openai import OpenAI
+
+CHECK_WAIT_S = 120.0  # a model may have to be read from a slow disk first
+
+_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_encode = msgspec.json.encode
+
+
+class LocalServer(OpenAI):
+    """*on_refused* is called when a job found nobody listening."""
+
+    def __init__(self, route: RouteSettings, settings: WorkerSettings, *, on_refused: Callable[[], None]) -> None:
+        assert route.base_url is not None  # noqa: S101 - it was found there
+        super().__init__(route.base_url, max_concurrency=route.max_concurrency + 1, settings=settings)  # one for checks
+        self._route = route
+        self._on_refused = on_refused
+        self._tell: Tell = lambda _: None
+        self.down: str | None = "it is being checked"
+
+    def attach(self, tell: Tell) -> None:
+        self._tell = tell
+        tell(self.down)
+
+    def say(self, down: str | None) -> None:
+        """Why it can't serve at the moment; None if it can."""
+        self.down = down
+        self._tell(down)
+
+    def serve(self, models: Models) -> tuple[ModelSettings, ...]:
+        """Knows these models from now on; what they are called here."""
+        named = {model.public: model.name for model in models}
+        self._upstream_names = named
+        return tuple(
+            ModelSettings(name=public, upstream=upstream, price=Price()) for public, upstream in sorted(named.items())
+        )
+
+    async def check(self, upstream: str) -> None:
+        """A real request for one token, by the way that a job's would go.
+
+        Raises: Fault if it isn't answered.
+        """
+        async with contextlib.aclosing(super().generate(self._checking(upstream))) as chunks:
+            async for _ in chunks:
+                pass
+
+    async def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
+        try:
+            async with contextlib.aclosing(super().generate(job)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except ProviderUnreachable:
+            self._on_refused()
+            raise
+
+    def _body(self, job: Job) -> bytes:
+        members = _members(super()._body(job))
+        say_max_tokens(members)
+        return _encode(members)
+
+    def _checking(self, upstream: str) -> Job:
+        body = {"model": upstream, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "stream": False}
+        nobody = "check"
+        return Job(
+            request_id=RequestId(new_id()),
+            epoch=1,
+            ingress=IngressId(nobody),
+            nonce=new_nonce(),
+            org=OrgId(nobody),
+            key_id=KeyId(nobody),
+            model=upstream,
+            route=self._route.id,
+            stream=False,
+            accepted_ns=0,
+            timeouts=Timeouts(first_token_s=CHECK_WAIT_S, idle_s=CHECK_WAIT_S, total_s=CHECK_WAIT_S),
+            body=Raw(_encode(body)),
+        )
