@@ -90,8 +90,7 @@ async def test_it_comes_back_by_itself_with_all_that_it_listened_to(nats_server:
     one, other = await connect(nats_server.url, name="one"), await connect(nats_server.url, name="other")
     heard: list[bytes] = []
     await one.listen("word", _into(heard))
-    await restart(nats_server)
-    await eventually(lambda: one.is_up and other.is_up, what="both connections")
+    await restart(nats_server, one, other)
     await other.say("word", b"hello")
     await eventually(lambda: heard == [b"hello"])
     await one.close()

@@ -93,8 +93,7 @@ async def test_an_empty_control_is_read_at_once(connection: Connection, publishe
 async def test_it_goes_on_over_a_restart_of_the_server(nats_server: EmbeddedServer, connection: Connection) -> None:
     async with _elsewhere(nats_server) as one, _elsewhere(nats_server) as other:
         await one.say(_org("Ants"))
-        await restart(nats_server)
-        await eventually(lambda: one._connection.is_up and other._connection.is_up)
+        await restart(nats_server, one._connection, other._connection)
         await one.say(_org("Bees"))
         await eventually(lambda: other.state.orgs[OrgId("org")].name == "Bees")
         await other.say(_org("Crabs"))

@@ -74,8 +74,7 @@ async def test_withdrawing_an_old_job_takes_out_none_of_a_new_queue(
 ) -> None:
     """A restarted server begins a new queue. Its client still holds the number that a job had in the old one."""
     old = await queue.publish(new_job())
-    await restart(nats_server)
-    await eventually(lambda: connection.is_up)
+    await restart(nats_server, connection)
     await ensure_streams(connection, NatsSettings())
     for _ in range(3):
         await queue.publish(new_job())

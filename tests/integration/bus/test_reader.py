@@ -15,7 +15,7 @@ from bus.reader import WINDOW, OrderedReader, StoredMessage, StreamGap
 from bus.server import EmbeddedServer
 from bus.streams import ensure_streams, stream_state
 from schemas.settings import NatsSettings
-from tests.restarts import restart
+from tests.restarts import cut, restart
 from tests.waiting import eventually
 
 SCRATCH = {"name": "SCRATCH", "subjects": ["scratch.>"], "storage": "memory"}
@@ -159,9 +159,7 @@ async def test_the_window_keeps_its_size_over_lost_connections(
     async with _reading(connection, scratch) as reader:
         for _ in range(3):
             await _read(reader, 10)
-            reconnects = connection.nc.stats["reconnects"]
-            connection.nc._transport._io_writer.transport.abort()
-            await eventually(lambda before=reconnects: connection.nc.stats["reconnects"] > before)
+            await cut(connection)
         await eventually(lambda: len(reader._waiting) >= WINDOW)
         await eventually(lambda: reader._puller._credit == 0 and len(reader._waiting) == WINDOW)
     await connection.close()
@@ -274,8 +272,7 @@ async def test_a_fold_misses_nothing_over_a_restart(nats_server: EmbeddedServer,
     async with _reading(connection, "CONTROL", last_per_subject=True) as reader:
         await publisher.publish("control.org.a", b"1", timeout_s=5.0)
         assert len(await _read(reader, 1)) == 1
-        await restart(nats_server)
-        await eventually(lambda: writer.is_up)
+        await restart(nats_server, writer)
         await publisher.publish("control.org.a", b"2", timeout_s=5.0)
         await publisher.publish("control.org.a", b"3", timeout_s=5.0)
         assert [message.data for message in await _read(reader, 2)] == [b"2", b"3"]

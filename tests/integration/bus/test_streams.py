@@ -94,8 +94,7 @@ async def test_a_restarted_server_begins_a_new_queue_and_keeps_the_facts(
     queue = JobQueue(connection, publisher)
     old = await queue.publish(new_job())
     page = await publisher.publish("events.test", b"{}", timeout_s=5.0)
-    await restart(nats_server)
-    await eventually(lambda: connection.is_up)
+    await restart(nats_server, connection)
     assert await _refusal(connection, "STREAM.INFO.JOBS", None) == 10059
     await ensure_streams(connection, NatsSettings())
     assert await _holds(connection, 0)

@@ -27,8 +27,8 @@ async def hire(nats_server: EmbeddedServer, connection: Connection) -> AsyncIter
     """Starts a worker, as `open_station` does; whatever happens to it, no slot may leak."""
     stations: list[Station] = []
 
-    async def make(**wanted: Any) -> Station:
-        stations.append(await open_station(nats_server, **wanted))
+    async def make(*, url: str = nats_server.url, **wanted: Any) -> Station:
+        stations.append(await open_station(url, **wanted))
         return stations[-1]
 
     yield make

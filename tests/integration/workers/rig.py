@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -127,17 +128,17 @@ class Station:
         await self.worker._on_delivery(self.route, message, self.pullers[0])
 
     async def close(self) -> None:
+        if self.connection.nc.is_closed:
+            return
         await self.worker.drain()
         await self._publisher.stop()
         await self.connection.close()
 
 
-async def open_station(
-    server: EmbeddedServer, *, provider: Fake | None = None, slots: int = 4, drain_s: float = 5.0, **settings: Any
-) -> Station:
+async def open_station(url: str, *, provider: Fake | None = None, slots: int = 4, drain_s: float = 5.0) -> Station:
     name = WorkerId(new_name("worker"))
     provider = provider or Fake()
-    connection = await connect(server.url, name=name)
+    connection = await connect(url, name=name)
     publisher = Publisher(connection)
     await publisher.start()
     models = (ModelSettings(name="m"),)
@@ -147,11 +148,54 @@ async def open_station(
         EventLog(connection, publisher, producer=name),
         [route],
         worker=name,
-        settings=WorkerSettings(drain_s=drain_s, **settings),
+        settings=WorkerSettings(drain_s=drain_s),
         nats_settings=NatsSettings(),
     )
     await worker.start()
     return Station(worker, route, provider, connection, publisher)
+
+
+class Line:
+    """A cable to the server that can swallow what is said to it, and be cut."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self.swallows = False
+        self.swallowed = 0
+        self._login, _, self._address = server.url.removeprefix("nats://").rpartition("@")
+        self._listener: asyncio.Server | None = None
+        self._ends: list[asyncio.StreamWriter] = []
+
+    async def open(self) -> str:
+        """Where to connect instead."""
+        self._listener = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"nats://{self._login}@127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+
+    def cut(self) -> None:
+        ends, self._ends = self._ends, []
+        for end in ends:
+            end.transport.abort()
+
+    async def close(self) -> None:
+        self.cut()
+        if self._listener is not None:
+            self._listener.close()
+            await self._listener.wait_closed()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = self._address.rpartition(":")
+        server_reader, server_writer = await asyncio.open_connection(host, int(port))
+        self._ends += [writer, server_writer]
+        with suppress(OSError):
+            await asyncio.gather(self._carry(reader, server_writer, up=True), self._carry(server_reader, writer))
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool = False) -> None:
+        while data := await reader.read(65536):
+            if up and self.swallows:
+                self.swallowed += len(data)
+            else:
+                writer.write(data)
+                await writer.drain()
+        writer.close()
 
 
 class Desk:

@@ -21,8 +21,8 @@ from schemas.ids import RouteId
 from schemas.jobs import Job, Lane, Resend
 from schemas.settings import NatsSettings
 from tests.integration.workers.conftest import Hire
-from tests.integration.workers.rig import LAST, PIECE, ROUTE, Desk, Fake, hangs, job_for, waits_for
-from tests.restarts import frozen, kill, restart
+from tests.integration.workers.rig import LAST, PIECE, ROUTE, Desk, Fake, Line, hangs, job_for, waits_for
+from tests.restarts import kill, restart
 from tests.waiting import eventually
 from workers.providers.base import Chunk
 
@@ -60,8 +60,7 @@ async def test_it_serves_again_by_itself_when_nats_was_restarted(
     """Queue and consumer were in the server's memory: it makes them again."""
     station = await hire()
     for _ in range(3):
-        await restart(nats_server)
-        await eventually(lambda: desk.connection.is_up)
+        await restart(nats_server, desk.connection)
         await ensure_streams(desk.connection, NatsSettings())
         jobs = await desk.publish_many(10)
         began = time.monotonic()
@@ -96,18 +95,22 @@ async def test_a_restart_at_work_costs_no_frame_no_receipt_and_no_slot(
 async def test_a_last_frame_that_was_lost_with_the_connection_is_said_again(
     nats_server: EmbeddedServer, hire: Hire, desk: Desk
 ) -> None:
-    """It was written into a socket that nobody read any more. The ingress can't miss the number of what was to be the last."""
-    gate = asyncio.Event()
-    station = await hire(provider=Fake(waits_for(gate)))
+    """It was written into a cable that was cut. The ingress can't miss the number of what was to be the last."""
+    gate, line = asyncio.Event(), Line(nats_server)
+    station = await hire(url=await line.open(), provider=Fake(waits_for(gate)))
     job = await desk.publish()
     await eventually(lambda: desk.kinds(job) == [Started, Delta])
-    with frozen(nats_server.pid):
-        gate.set()
-        await eventually(lambda: station.idle)
-        await eventually(lambda: station.connection.nc.pending_data_size == 0, what="the frame in the socket")
-        await kill(nats_server)
-    await nats_server.start()
+    line.swallows = True
+    gate.set()
+    await eventually(lambda: station.idle)
+    await eventually(lambda: line.swallowed > 100, what="the loss of the frame")
+    assert Finished not in desk.kinds(job)
+    line.swallows = False
+    line.cut()
     await eventually(lambda: Finished in desk.kinds(job))
+    assert (await eventually(lambda: desk.receipt(job))).outcome == "completed"
+    await station.close()
+    await line.close()
 
 
 async def test_jobs_come_once_each_over_lost_connections(hire: Hire, desk: Desk) -> None:
