@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from schemas.errors import SetupError
-from schemas.providers import known_providers
+from schemas.providers import KnownProvider, known_providers
 from schemas.settings import RouteSettings, WorkerSettings, known_provider
 from workers.providers.base import Provider
 from workers.providers.echo import Echo
@@ -27,9 +27,21 @@ def make_provider(route: RouteSettings, settings: WorkerSettings) -> Provider:
     """
     known = known_provider(route)
     if known is not None:
-        return Known.of(known, route, settings)
+        return Known.of(known, route, settings) if known.wire == "openai" else _own_wire(known, route, settings)
     make = _OWN.get(route.provider)
     if make is None:
         names = ", ".join(sorted({*_OWN, *known_providers()}))
         raise SetupError(f"route {route.id!r}: unknown provider {route.provider!r}; known are: {names}")
     return make(route, settings)
+
+
+def _own_wire(known: KnownProvider, route: RouteSettings, settings: WorkerSettings) -> Provider:
+    """Raises: SetupError if the libraries for it aren't installed."""
+    try:
+        from workers.providers.any_llm import OwnWire  # noqa: PLC0415 - an extra, and slow to import
+    except ModuleNotFoundError as error:
+        raise SetupError(
+            f"route {route.id!r}: {known.title}, needs a library: pip install 'penstock[wires]'. "
+            f'Without it there is the provider "{route.provider}-compatible".'
+        ) from error
+    return OwnWire.of(known, route, settings)
