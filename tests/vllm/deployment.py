@@ -40,6 +40,7 @@ class Deployment:
     admin_key: str
     ledger_url: str
     process: GuardedProcess
+    worker_pid: int
 
     def sql(self, statement: str, *params: Any) -> list[dict[str, Any]]:
         """The rows that the ledger gives for *statement*."""
@@ -65,8 +66,14 @@ class Deployment:
 
 @contextlib.contextmanager
 def penstock_up(engine: Engine, folder: Path) -> Iterator[Deployment]:
+    with penstock_with(CONFIG.format(base_url=engine.base_url, slots=SLOTS, model=MODEL), folder) as deployment:
+        yield deployment
+
+
+@contextlib.contextmanager
+def penstock_with(toml: str, folder: Path) -> Iterator[Deployment]:
     config, ready_file = folder / "penstock.toml", folder / "ready.json"
-    config.write_text(CONFIG.format(base_url=engine.base_url, slots=SLOTS, model=MODEL))
+    config.write_text(toml)
     command = (
         *(sys.executable, "-m", "penstock", "up"),
         *("--home", str(folder / "home")),
@@ -85,6 +92,7 @@ def penstock_up(engine: Engine, folder: Path) -> Iterator[Deployment]:
             admin_key=ready["admin_key"],
             ledger_url=ready["ledger_url"],
             process=up,
+            worker_pid=ready["pids"]["worker"],
         )
 
 

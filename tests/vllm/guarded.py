@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-GUARD = Path(__file__).with_name("guard.py")
 ROOT = Path(__file__).parents[2]
+GUARD = ROOT / "workers" / "engine" / "guard.py"  # the one that workers put before their engines
 LOG_TAIL_CHARS = 6000
 POLL_S = 0.05
 

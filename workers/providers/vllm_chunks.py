@@ -9,7 +9,7 @@ from schemas.errors import ProviderNonsense
 from workers.providers.base import Chunk
 from workers.providers.openai_chunks import ChunkReader
 
-_IDS = b'"token_ids"'
+_IDS = b'token_ids"'  # of the choices, and of the prompt
 
 _choices = msgspec.json.Decoder(list[dict[str, Raw]]).decode
 _ids = msgspec.json.Decoder(tuple[int, ...] | None).decode
