@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Struct
 
 from schemas.errors import ProviderRejected
-from workers.providers import tokens
 from workers.providers.schema_fill import fill
 from workers.providers.schema_walk import Unfillable
+from workers.providers.tokens import count, split
 
 CHOICES_MAX = 128
 ANSWER_TOKENS_MAX = 16 * 1024  # of all choices together: a longer answer ends with finish_reason "length"
@@ -122,7 +122,7 @@ def answer(request: Request) -> Answer:
         calls, whole = _first_tokens(calls, request.limit)
     else:
         said = _cut(_said(request), request.stop)
-        text = tokens.split(said, most=request.limit)
+        text = split(said, most=request.limit)
         finish, whole = "stop", sum(map(len, text)) == len(said)
     return Answer(
         calls=calls,
@@ -182,8 +182,8 @@ def _cut(text: str, stop: str | list[str] | None) -> str:
 
 def _prompt_tokens(message: Message) -> int:
     called = (call.get("function") or call.get("custom") or {} for call in message.tool_calls or ())
-    return tokens.count(_text(message)) + sum(
-        tokens.count(str(call.get("arguments") or call.get("input") or "")) for call in called if isinstance(call, dict)
+    return count(_text(message)) + sum(
+        count(str(call.get("arguments") or call.get("input") or "")) for call in called if isinstance(call, dict)
     )
 
 
@@ -268,7 +268,7 @@ def _function(function: dict[str, Any], *, kind: Kind) -> _Tool:
 
 def _call(tool: _Tool, text: str) -> Call:
     said = text if tool.kind == "custom" else _document(tool.parameters, tool.name, param="tools")
-    return Call(kind=tool.kind, name=tool.name, pieces=tokens.split(said, most=ANSWER_TOKENS_MAX))
+    return Call(kind=tool.kind, name=tool.name, pieces=split(said, most=ANSWER_TOKENS_MAX))
 
 
 def _document(schema: Any, name: str, *, param: str) -> str:
