@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from bus.control import ControlFeed
@@ -15,13 +16,14 @@ from ingress.auth import authenticate, hash_key, hint_of, new_key, require
 from ingress.fleet import Fleet
 from schemas.admin import CreateKey, RotateKey
 from schemas.control import KeyStated, Role
-from schemas.errors import BadRequest, BodyTooLarge, NotFound
+from schemas.errors import BadRequest, BodyTooLarge, NotFound, RequestTimeout
 from schemas.ids import EventId, KeyId, new_id
 from schemas.refusals import refusal
 
 T = TypeVar("T", bound=Struct)
 
 BODY_MAX_BYTES = 64 * 1024
+BODY_TIMEOUT_S = 10.0
 SECOND_NS = 1_000_000_000
 
 
@@ -160,12 +162,18 @@ def _by_route(row: dict[str, Any]) -> tuple[str, str]:
 
 
 async def _body(request: Request, kind: type[T]) -> T:
-    """Raises: BadRequest, BodyTooLarge."""
+    """Raises: BadRequest, BodyTooLarge, RequestTimeout."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > BODY_MAX_BYTES:
-            raise BodyTooLarge(f"The request body is over the limit of {BODY_MAX_BYTES} bytes.")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > BODY_MAX_BYTES:
+                    raise BodyTooLarge(f"The request body is over the limit of {BODY_MAX_BYTES} bytes.")
+    except TimeoutError as error:
+        raise RequestTimeout(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.") from error
+    except ClientDisconnect as error:
+        raise BadRequest("The client left before its request was complete.") from error  # read by nobody
     try:
         return msgspec.json.decode(bytes(body) or b"{}", type=kind)
     except msgspec.ValidationError as error:

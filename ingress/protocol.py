@@ -32,6 +32,10 @@ class HeadersTooLargeError(Exception):
     """Stops the parser."""
 
 
+class TooEarlyError(Exception):
+    """Stops the parser: the request before this one is not answered yet."""
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """`bounded_protocol` makes the class with the deployment's own numbers; uvicorn makes one of it for each connection."""
 
@@ -99,6 +103,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._feed(head + rest)
 
     def on_message_begin(self) -> None:
+        if self._is_answering():
+            # uvicorn would stop reading until the answer is sent, and so not see its client leave.
+            raise TooEarlyError
         super().on_message_begin()
         self.scope["state"][CUT] = self.cut
         self._in_header = True
@@ -143,6 +150,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.transport.abort()
 
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _count(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > self.max_header_bytes:
@@ -164,11 +174,11 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, status: bytes, message: str, *, code: str) -> None:
-        """Says why, and closes. Behind a running answer nothing can be said: it ends, and the connection with it."""
+        """Says why, and closes. While an answer is under way nothing can be said: it ends, and the connection with it."""
         self._stop_header_timer()
         if self.transport.is_closing():
             return
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_answering():
             self._deaf = True
             self.cycle.keep_alive = False
             return

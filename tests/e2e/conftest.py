@@ -8,7 +8,11 @@ import pytest
 
 from tests.e2e.deployment import Deployment, Provider, penstock_up, provider_up
 
-FAULTS_SETTINGS = {"PENSTOCK_WORKER_DRAIN_S": "5", "PENSTOCK_INGRESS_DRAIN_S": "5"}
+FAULTS_SETTINGS = {
+    "PENSTOCK_WORKER_DRAIN_S": "5",
+    "PENSTOCK_INGRESS_DRAIN_S": "5",
+    "PENSTOCK_INGRESS_MAX_BUFFERED_BYTES": str(512 * 1024),
+}
 
 
 @pytest.fixture(scope="session")

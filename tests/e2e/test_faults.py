@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ import openai
 import pytest
 
 from schemas.jobs import PRESENCE_EVERY_S, PRESENCE_MISSED_MAX
-from tests.e2e.asking import Heard, ask, read, row, works
+from tests.e2e.asking import Heard, ask, messages, read, row, works
 from tests.e2e.deployment import MODEL, Deployment, Provider
 from tests.waiting import eventually
 
@@ -134,6 +136,34 @@ async def test_nats_killed_while_idle_is_not_noticed_by_the_next_client(
     took = await works(broken_up)
     record_property("nats_restarted_to_first_answer_s", round(took, 2))
     assert took < BACK_WITHIN_S
+
+
+async def test_a_client_that_reads_nothing_is_cut_off_and_told_of(broken_up: Deployment, provider: Provider) -> None:
+    provider.script(text=" ".join(["x" * 16_000] * 1500), pace_s=0.0005)
+    base_url, key = broken_up.base_url, broken_up.api_key
+    raw = json.dumps({"model": MODEL, "messages": messages("hi"), "stream": True}).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(base_url.split(":")[2].split("/")[0])))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        client.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+
+        def told() -> list[dict[str, Any]]:
+            return broken_up.sql("SELECT * FROM requests WHERE code = 'client_too_slow'")
+
+        (only,) = await eventually(told, timeout_s=15, every_s=0.1, what="the request's end")
+        await eventually(lambda: provider.answering() == 0)
+        with pytest.raises(ConnectionResetError):
+            _read_to_the_end(client)
+    (seen,) = provider.seen()
+    assert (only["status"], only["http_status"], only["estimated"]) == ("cancelled", 499, True)
+    assert only["completion_tokens"] > 0
+    assert seen["tokens_sent"] < 1500
+
+
+def _read_to_the_end(client: socket.socket) -> None:
+    while client.recv(1 << 20):
+        pass
 
 
 async def test_the_ledger_killed_again_and_again_under_load_has_every_event_once(

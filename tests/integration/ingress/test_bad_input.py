@@ -313,6 +313,29 @@ async def test_half_a_header_behind_a_running_stream_does_not_spoil_the_stream(
     assert b"HTTP/1.1 408" not in came
 
 
+async def test_a_request_sent_before_the_answer_to_the_last_one_ends_the_connection_after_that_answer(
+    gateway: Gateway, mock: MockProvider
+) -> None:
+    async with Wire(gateway.base_url) as wire:
+        wire.ask(body("first"))
+        wire.ask(body("second"))
+        status, headers, told = await wire.answer()
+        assert (status, headers["connection"]) == (200, "close")
+        assert told["choices"][0]["message"]["content"] == "first"
+        assert await wire.closed()
+    assert len(mock.seen) == 1
+
+
+async def test_a_client_that_asks_first_whether_to_send_is_told_so(gateway: Gateway) -> None:
+    raw = msgspec.json.encode(body())
+    async with Wire(gateway.base_url) as wire:
+        wire.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n")
+        wire.send(f"Authorization: Bearer {CLIENT_KEY}\r\nContent-Length: {len(raw)}\r\n\r\n".encode())
+        assert await wire.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        wire.send(raw)
+        assert (await wire.answer())[0] == 200
+
+
 async def test_what_is_not_http_is_a_400_in_the_same_shape(gateway: Gateway) -> None:
     for junk in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"nonsense\r\n\r\n"):
         async with Wire(gateway.base_url) as wire:

@@ -16,6 +16,7 @@ import pytest
 from ingress.problems import CLIENT_LEFT_STATUS
 from schemas.money import Usage, cost
 from tests.integration.ingress.gateway import (
+    ADMIN_KEY,
     MODEL,
     PRICE,
     Event,
@@ -156,6 +157,33 @@ async def test_a_client_that_leaves_while_it_sends_is_recorded_as_gone(gateway: 
     )
     assert event["key_id"]
     assert [e["kind"] for e in gateway.events] == ["request.rejected"]
+
+
+async def test_a_client_that_leaves_while_it_sends_to_the_admin_api_is_no_error_of_ours(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Wire(gateway.base_url) as wire:
+        wire.send(b"POST /admin/v1/keys HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")
+        wire.send(f"Authorization: Bearer {ADMIN_KEY}\r\n\r\n{{".encode())
+        await eventually(lambda: gateway.ingress.server.state.tasks)
+    await gateway.quiet()
+    assert not caplog.records
+
+
+async def test_a_client_that_sends_its_next_request_too_early_and_leaves_is_noticed(
+    gateway: Gateway, mock: MockProvider, caplog: pytest.LogCaptureFixture
+) -> None:
+    mock.script(delay_s=20)
+    async with Wire(gateway.base_url) as wire:
+        wire.ask(body("first"))
+        wire.ask(body("second"))
+        await eventually(lambda: mock.answering == 1)
+        left_s = time.monotonic()
+    assert await _gone(mock, left_s) < 5 * CANCEL_WITHIN_S
+    assert (await gateway.ending())["status"] == "cancelled"
+    await gateway.quiet()
+    assert len(mock.seen) == 1
+    assert not caplog.records
 
 
 async def test_the_sdk_closing_its_stream_and_cancelling_its_call_cancel_the_work(
