@@ -78,7 +78,7 @@ class EmbeddedServer:
         return self._process.pid
 
     def exit_code(self) -> int | None:
-        """The child's exit code, None while it runs."""
+        """The child's exit code, also after a `start` that failed; None while it runs, and when it was stopped."""
         return None if self._process is None else self._process.poll()
 
     async def start(self) -> None:
@@ -92,7 +92,7 @@ class EmbeddedServer:
             lock = await self._take_lock()
             await self._launch(binary, lock)
         except BaseException:  # also when cancelled: a server that nobody waits for must not keep the directory
-            await self.stop()
+            await self._end()
             raise
 
     async def _launch(self, binary: str, lock: int) -> None:
@@ -119,7 +119,11 @@ class EmbeddedServer:
 
     async def stop(self) -> None:
         """Stops the child, in peace if it goes in time, and gives the directory up."""
-        process, self._process = self._process, None
+        await self._end()
+        self._process = None
+
+    async def _end(self) -> None:
+        process = self._process
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGTERM)
             until = time.monotonic() + STOP_TIMEOUT_S

@@ -226,13 +226,14 @@ async def test_settling_hands_on_what_was_sent_and_nothing_more(connection: Conn
         heard.append(message.data)
 
     subscription = await connection.nc.subscribe("word", cb=slowly)
-    for number in range(200):
-        await connection.say("word", b"%d" % number)
+    said = [b"%d" % number + b"." * 4096 for number in range(500)]  # more than comes in one piece
+    for word in said:
+        await connection.say("word", word)
     await connection.settle(subscription)
-    assert heard == [b"%d" % number for number in range(200)]
+    assert heard == said
     await connection.say("word", b"late")
     await connection.nc.flush()
-    assert len(heard) == 200
+    assert heard == said
     assert subscription._id not in connection.nc._subs
 
 

@@ -13,7 +13,7 @@ from bus.log import EVENT_MAX_BYTES, PAGE_EVENTS_MAX, WAITING_EVENTS_MAX, EventL
 from bus.publisher import Publisher
 from bus.reader import OrderedReader
 from bus.server import EmbeddedServer
-from bus.streams import stream_state
+from bus.streams import PAGE_MAX_BYTES, stream_state
 from schemas import codec
 from schemas.errors import LogUnavailable
 from schemas.events import RequestRejected
@@ -81,7 +81,7 @@ async def test_a_page_has_at_most_so_many_events(log: EventLog, connection: Conn
     assert await _page_sizes(connection) == [PAGE_EVENTS_MAX, PAGE_EVENTS_MAX, 1]
 
 
-@pytest.mark.parametrize("event_bytes", [EVENT_MAX_BYTES, EVENT_MAX_BYTES // 2, EVENT_MAX_BYTES // 3, 5000])
+@pytest.mark.parametrize("event_bytes", [EVENT_MAX_BYTES, PAGE_MAX_BYTES // 2 - 10, PAGE_MAX_BYTES // 3 - 10, 5000])
 async def test_a_page_is_never_larger_than_the_stream_takes(
     event_bytes: int, log: EventLog, connection: Connection
 ) -> None:

@@ -179,6 +179,7 @@ async def test_messages_that_were_lost_on_the_way_are_fetched_again(
         subscription._pending_bytes_limit = 1024 * 1024
         await _fill(publisher, 5)
         messages += await _read(reader, 10)
+        assert reader._puller._credit == WINDOW  # what came from the consumer that was left cost nothing
     assert [message.seq for message in messages] == list(range(1, 21))
 
 
