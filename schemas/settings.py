@@ -346,6 +346,9 @@ def _check(settings: Settings, config: Path | None) -> None:
     for doubled in {i for i in ids if ids.count(i) > 1}:
         raise SetupError(f"{config}: two routes have the id {doubled!r}")
     for route in settings.routes:
+        for header in route.headers.items():
+            if not all(text.isascii() and text.isprintable() for text in header) or not header[0]:
+                raise SetupError(f"{config}: route {route.id!r}: no header can be {header[0]!r} with that value")
         if not 0 < route.max_concurrency <= 100_000:
             raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")
     for address in settings.worker.discover_addresses:

@@ -41,14 +41,14 @@ class Provider(Protocol):
     """A place that can generate.
 
     For ``job.stream`` the chunks' choices have a ``delta``; without, there is one chunk with members, whose choices have
-    a ``message``.
+    a ``message``. A class that names this as its base has only to generate.
     """
 
     name: str  # as the configuration says it: "openai", "echo", ...
 
     def upstream_model(self, model: str) -> str:
         """What the provider calls the public name *model*."""
-        ...
+        return model
 
     def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
         """Raises: a subclass of schemas.errors.Fault when the provider can't; nothing else of the provider's."""
@@ -56,17 +56,18 @@ class Provider(Protocol):
 
     async def models(self) -> tuple[str, ...]:
         """The names that it serves, asked for when the configuration names none. Raises: Fault."""
-        ...
+        return ()
 
-    def fingerprint(self, model: str) -> ModelFingerprint | None:
+    def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
         """What exactly answers under the public name *model*, where that is known."""
-        ...
+        return None
 
-    def attach(self, tell: Tell) -> None:
+    def attach(self, tell: Tell) -> None:  # noqa: ARG002
         """Called once, before the first job: the provider may begin to prepare itself.
 
         It calls *tell* at each change of whether it can serve. Until it says otherwise, it can.
         """
-        ...
+        return
 
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        return

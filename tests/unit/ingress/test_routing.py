@@ -10,7 +10,7 @@ from ingress.policy.routing import Plan, plan
 from schemas.control import PublicModel, RouteStated
 from schemas.errors import ModelNotFound, NoLiveRoute
 from schemas.ids import EventId, RouteId
-from schemas.money import Price
+from schemas.money import UNKNOWN, Price
 
 A, B, C = RouteId("a"), RouteId("b"), RouteId("c")
 OFFERED, STATED = Price(input=1, output=1), Price(input=2, output=2)
@@ -70,3 +70,9 @@ def test_a_model_that_never_was_is_not_found(stated: tuple[RouteStated, ...]) ->
     with pytest.raises(ModelNotFound) as caught:
         _plan({}, *stated)
     assert caught.value.param == "model"
+
+
+def test_a_stated_price_that_is_unknown_gives_way_to_the_workers() -> None:
+    stated = _stated(A, models=(PublicModel(name="m", price=UNKNOWN),))
+    assert _plan({A: OFFERED}, stated).prices == (OFFERED,)
+    assert _plan({A: UNKNOWN}, stated).prices == (UNKNOWN,)

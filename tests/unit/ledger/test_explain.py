@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ledger.explain import as_json, clock, tell
 from schemas.ids import RequestId
-from schemas.money import Price, Usage
+from schemas.money import UNKNOWN, Price, Usage
 from schemas.upcasters import UnknownEvent
 from tests.unit.ledger import samples
 
@@ -68,6 +68,10 @@ def test_a_failure_has_its_code() -> None:
 def test_a_request_under_way_is_open() -> None:
     assert tell(ID, [samples.accepted(price=Price())]).summary.startswith("open")
     assert "; free" in tell(ID, [samples.accepted(price=Price())]).moments[0].text
+
+
+def test_a_price_that_nobody_stated_is_not_told_as_free() -> None:
+    assert "; price unknown" in tell(ID, [samples.accepted(price=UNKNOWN)]).moments[0].text
 
 
 def test_an_event_of_a_newer_release_is_mentioned() -> None:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import tomllib
 from decimal import Decimal
 
+import msgspec
 import pytest
 
-from schemas.money import Price
+from schemas.money import UNKNOWN, Price, Usage, cost
 from schemas.providers import dated_prices, known_at, known_price, known_providers, read_providers
 
 ROW = """
@@ -107,3 +108,9 @@ def test_a_price_stated_twice_is_an_error() -> None:
     tomllib.loads(twice)
     with pytest.raises(ValueError, match="twice"):
         read_providers(twice)
+
+
+def test_a_known_price_travels_as_it_always_did_and_an_unknown_one_says_so() -> None:
+    assert msgspec.json.encode(Price(input=1, output=2)) == b'{"input":1,"output":2}'
+    assert msgspec.json.encode(UNKNOWN) == b'{"unknown":true}'
+    assert cost(Usage(prompt_tokens=5, completion_tokens=5), UNKNOWN) == 0

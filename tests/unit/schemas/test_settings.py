@@ -244,3 +244,9 @@ def test_a_model_without_a_stated_price_has_the_known_one_or_is_free_here_or_unk
 def test_nobody_can_write_that_a_price_is_unknown(config: Path) -> None:
     with pytest.raises(SetupError, match="'unknown' is not a price"):
         written(config, MODEL + "price = { unknown = true }")
+
+
+@pytest.mark.parametrize("headers", ['{ X = "a\\r\\nb" }', '{ "" = "a" }', '{ X = "\u00fc" }'])
+def test_a_header_that_cannot_be_sent_is_an_error_without_its_value(config: Path, headers: str) -> None:
+    with pytest.raises(SetupError, match="no header can be"):
+        written(config, ROUTE + f"headers = {headers}")
