@@ -199,7 +199,9 @@ class Exchange:
         """One attempt: publish, then hand on what comes until something ends it."""
         self._worker, self._started_at, self._job_seq = None, None, None
         self._tokens, self._first_token_us = 0, None  # nothing of an earlier attempt was delivered
-        self._relay = relay = self._s.switchboard.open(new_nonce(), on_overflow=self._give_up)
+        self._relay = relay = self._s.switchboard.open(
+            new_nonce(), on_overflow=self._give_up, on_doubt=self._queue_again
+        )
         try:
             return await self._follow(relay, epoch)
         except (WorkerLost, BacklogFull) as error:
@@ -365,6 +367,22 @@ class Exchange:
             self._s.switchboard.command(self._relay.worker, Cancel(nonce=self._relay.nonce, reason=reason))
         elif self._job_seq is not None:
             self._s.switchboard.spawn(self._s.queue.withdraw(self._job_seq))
+
+    def _queue_again(self) -> None:
+        """JOBS lives in memory: a NATS server that was restarted has forgotten the job. One that was not knows it by its id."""
+        if self._relay is not None and self._job_seq is not None:
+            self._s.switchboard.spawn(self._publish_again(self._relay, self.attempts))
+
+    async def _publish_again(self, relay: Relay, epoch: int) -> None:
+        try:
+            seq = await self._s.queue.publish(self._job(relay, epoch))
+        except PenstockError as error:
+            log.debug("job_not_queued_again", request_id=self._arrival.request_id, error=error.message)
+            return  # its time-out will tell, or the next reconnect puts it in
+        if relay.closed:
+            await self._s.queue.withdraw(seq)
+        elif relay is self._relay:
+            self._job_seq = seq
 
     def _deadline(self) -> float:
         timeouts = self._s.timeouts

@@ -28,22 +28,31 @@ class Relay:
     """The frames of one attempt, in order and without gaps, for one reader.
 
     It also carries what else can happen to that reader: its client leaves (`leave`), its worker is lost (`fail`).
-    *on_overflow* is called when more waits than the reader's client takes: the reader may be stuck in writing to it.
+    *on_overflow* is called when more waits than the reader's client takes: the reader may be stuck in writing to it. *on_doubt* is
+    called when the connection was away and no worker has begun yet: the job may be lost.
     """
 
     def __init__(
-        self, nonce: Nonce, switchboard: Switchboard, *, max_bytes: int, on_overflow: Callable[[], None] | None = None
+        self,
+        nonce: Nonce,
+        switchboard: Switchboard,
+        *,
+        max_bytes: int,
+        on_overflow: Callable[[], None] | None = None,
+        on_doubt: Callable[[], None] | None = None,
     ) -> None:
         self.nonce = nonce
         self.worker: WorkerId | None = None  # the first that spoke under this nonce
         self.started_at = 0.0  # when Started came, by the loop's clock
         self.gone: str | None = None  # why nobody reads any more
+        self.closed = False
         self._switchboard = switchboard
         self._loop = asyncio.get_running_loop()
         self._frames: list[AnyFrame] = []
         self._bytes = 0
         self._max_bytes = max_bytes
         self._on_overflow = on_overflow
+        self._on_doubt = on_doubt
         self._expected = 0
         self._held: dict[int, tuple[AnyFrame, int]] = {}
         self._held_bytes = 0
@@ -106,12 +115,16 @@ class Relay:
             self._wake()
 
     def ask_again(self) -> None:
-        """Asks the worker for everything from the first missing frame on."""
-        if self.worker is not None:
+        """Asks the worker for everything from the first missing frame on; without one, has the job looked after."""
+        if self.worker is None:
+            if self._on_doubt is not None:
+                self._on_doubt()
+        else:
             self._switchboard.command(self.worker, Resend(nonce=self.nonce, seq=self._expected))
 
     def close(self) -> None:
         """Nobody will read any more."""
+        self.closed = True
         if self._mender is not None:
             self._mender.cancel()
             self._mender = None
@@ -176,8 +189,14 @@ class Switchboard:
         await self._connection.listen(subjects.frames_filter(self._ingress), self._on_frame)
         self._connection.on_reconnect(self._on_reconnect)
 
-    def open(self, nonce: Nonce, *, on_overflow: Callable[[], None] | None = None) -> Relay:
-        relay = Relay(nonce, self, max_bytes=self._max_bytes, on_overflow=on_overflow)
+    def open(
+        self,
+        nonce: Nonce,
+        *,
+        on_overflow: Callable[[], None] | None = None,
+        on_doubt: Callable[[], None] | None = None,
+    ) -> Relay:
+        relay = Relay(nonce, self, max_bytes=self._max_bytes, on_overflow=on_overflow, on_doubt=on_doubt)
         self._relays[nonce] = relay
         return relay
 
@@ -224,12 +243,6 @@ class Switchboard:
             self.command(worker, Cancel(nonce=nonce, reason="not_wanted"))
 
     async def _on_reconnect(self) -> None:
-        """Frames may have passed while the connection was away; the last one of an attempt would never be missed.
-
-        A job that nobody has begun may be gone with the server's memory: it is given up, and its request queued again.
-        """
-        for relay in self._relays.values():
-            if relay.worker is None:
-                relay.fail(WorkerLost("The queue lost the request."))
-            else:
-                relay.ask_again()
+        """Frames may have passed while the connection was away; the last one of an attempt would never be missed."""
+        for relay in list(self._relays.values()):
+            relay.ask_again()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import Callable
 
@@ -16,16 +14,12 @@ from bus.server import EmbeddedServer
 from schemas.settings import IngressSettings
 from tests.integration.ingress.gateway import Gateway, Lines, OpenGateway, bearer, body, headers_of, soon, timeouts
 from tests.mock_provider import MockProvider
+from tests.restarts import cut, frozen, kill, restart
 from tests.waiting import eventually
 
 BACK_WITHIN_S = 3.0
 
 pytestmark = pytest.mark.timeout(40)
-
-
-async def _killed(server: EmbeddedServer) -> None:
-    os.kill(server.pid, signal.SIGKILL)
-    await eventually(lambda: server.exit_code() is not None)
 
 
 async def _ask(session: aiohttp.ClientSession, gateway: Gateway, content: str = "one two three") -> tuple[int, str]:
@@ -69,7 +63,7 @@ async def test_streams_that_run_while_nats_is_killed_end_whole(
 
     reading = [asyncio.create_task(read(number)) for number in range(6)]
     await eventually(lambda: len(mock.seen) == 6 and all(seen.tokens_sent > 5 for seen in mock.seen))
-    await _killed(nats_server)
+    await kill(nats_server)
     await asyncio.sleep(away_s)
     await nats_server.start()
     whole = " ".join(f"w{number}" for number in range(60))
@@ -88,8 +82,7 @@ async def test_jobs_that_waited_when_nats_was_killed_are_served(
         mock.script()
         waiting = [asyncio.create_task(_ask(session, gateway, f"waiting {number}")) for number in range(3)]
         await gateway.jobs_waiting(3)
-        await _killed(nats_server)
-        await nats_server.start()
+        await restart(nats_server)
         assert (await first.rest())[-1] == b"data: [DONE]"
     assert await asyncio.gather(*waiting) == [(200, f"waiting {number}") for number in range(3)]
     assert sorted(seen.body["messages"][0]["content"] for seen in mock.seen) == [
@@ -98,13 +91,33 @@ async def test_jobs_that_waited_when_nats_was_killed_are_served(
     ]
 
 
+async def test_jobs_that_waited_when_only_our_connection_broke_are_served_once(
+    open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
+) -> None:
+    """The queue still has them: what is put in again is the same job, and known to it."""
+    gateway = await open_gateway(slots=1)
+    mock.script(tokens=30, pace_s=0.02)
+    async with Lines(session, gateway.chat_url, body("first", stream=True)) as first:
+        await first.next()
+        mock.script()
+        waiting = [asyncio.create_task(_ask(session, gateway, f"waiting {number}")) for number in range(3)]
+        await gateway.jobs_waiting(3)
+        await cut(gateway.ingress.connection)
+        await gateway.jobs_waiting(3)
+        assert (await first.rest())[-1] == b"data: [DONE]"
+    assert await asyncio.gather(*waiting) == [(200, f"waiting {number}") for number in range(3)]
+    assert len(mock.seen) == 4
+    await eventually(lambda: len([e for e in gateway.events if e["kind"] == "request.finished"]) == 4)
+    assert {e["attempts"] for e in gateway.events if e["kind"] == "request.finished"} == {1}
+
+
 async def test_a_request_whose_answer_comes_while_nats_is_away_gets_it_when_nats_is_back(
     gateway: Gateway, nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     mock.script(delay_s=0.2)
     asking = asyncio.create_task(_ask(session, gateway))
     await eventually(lambda: mock.answering == 1)
-    await _killed(nats_server)
+    await kill(nats_server)
     await eventually(lambda: mock.seen[-1].finished_s is not None)
     await asyncio.sleep(0.3)
     assert not asking.done()
@@ -148,7 +161,7 @@ async def test_a_client_that_leaves_while_nats_is_away_leaves_nothing_behind(
     mock.script(tokens=1000, pace_s=0.01)
     async with Lines(session, gateway.chat_url, body(stream=True)) as stream:
         await stream.next()
-        await _killed(nats_server)
+        await kill(nats_server)
     await eventually(lambda: len(gateway.ingress.switchboard) == 0)
     await nats_server.start()
     await eventually(lambda: mock.seen[-1].gone_s is not None, timeout_s=10, what="the provider's connection closed")
@@ -163,7 +176,7 @@ async def test_workers_are_not_lost_because_we_did_not_hear_them_for_a_while(
     mock.script(tokens=100, pace_s=0.03)
     async with Lines(session, gateway.chat_url, body(stream=True)) as stream:
         await stream.next()
-        await _killed(nats_server)
+        await kill(nats_server)
         await asyncio.sleep(1.2)
         await nats_server.start()
         assert (await stream.rest())[-1] == b"data: [DONE]"
@@ -176,11 +189,8 @@ async def test_a_frozen_nats_delays_and_loses_nothing(
     mock.script(tokens=40, pace_s=0.01)
     async with Lines(session, gateway.chat_url, body(stream=True)) as stream:
         await stream.next()
-        os.kill(nats_server.pid, signal.SIGSTOP)
-        try:
+        with frozen(nats_server.pid):
             await eventually(lambda: mock.seen[-1].finished_s is not None)
-        finally:
-            os.kill(nats_server.pid, signal.SIGCONT)
         chunks = await stream.chunks()
     text = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
     assert text.endswith("w39")

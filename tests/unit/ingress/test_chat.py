@@ -329,19 +329,44 @@ async def test_a_second_worker_with_the_same_job_is_told_to_stop_and_changes_not
     ]
 
 
-async def test_after_a_reconnect_a_job_that_nobody_has_begun_is_published_again() -> None:
+async def test_after_a_reconnect_a_job_that_nobody_has_begun_is_published_again_as_the_same() -> None:
+    """A queue that has not lost it tells by the id that it has it already."""
+    bench, client = Bench(), Client()
+    await bench.switchboard.start()
+    task = await bench.serve(client)
+    first = await bench.job()
+    await _turns()
+    for callback in bench.wall.reconnected:
+        await callback()
+    again = await bench.job(2)
+    assert msgspec.json.encode(again) == msgspec.json.encode(first)
+    bench.start(first)
+    for callback in bench.wall.reconnected:
+        await callback()
+    await _turns()
+    assert len(bench.queue.jobs) == 2
+    bench.finish(first, 1, text="a")
+    await task
+    assert client.status == 200
+    assert bench.log.finished.attempts == 1
+    assert "attempt.lost" not in bench.log.kinds()
+
+
+async def test_a_job_that_is_published_again_while_its_client_leaves_is_withdrawn_again() -> None:
     bench, client = Bench(), Client()
     await bench.switchboard.start()
     task = await bench.serve(client)
     await bench.job()
     await _turns()
+    bench.queue.open.clear()
     for callback in bench.wall.reconnected:
         await callback()
-    second = await bench.job(2)
-    bench.start(second)
-    bench.finish(second, 1, text="a")
+    client.leave()
     await task
-    assert client.status == 200
+    bench.queue.open.set()
+    await _turns()
+    assert len(bench.queue.jobs) == 2
+    assert set(bench.queue.withdrawn) == {1, 2}
 
 
 async def test_a_slow_reader_is_cut_off_though_a_write_to_it_is_stuck() -> None:
