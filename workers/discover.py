@@ -70,7 +70,7 @@ class Discovery:
             await provider.aclose()
 
     async def _watch(self, address: str) -> None:
-        asker = Asker(address, self._settings)
+        asker = Asker(address, self._settings, answer_wait_s=self._pace.answer_wait_s)
         try:
             while True:
                 try:

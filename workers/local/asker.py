@@ -13,7 +13,6 @@ from schemas.settings import WorkerSettings
 from workers.providers.patience import Patience
 from workers.providers.upstream import Upstream
 
-ANSWER_WAIT_S = 2.0
 ANSWER_BYTES_MAX = 4 * 1024 * 1024
 CONNECTIONS_MAX = 2
 
@@ -39,8 +38,9 @@ class Said:
 class Asker:
     """*address* is ``host:port``."""
 
-    def __init__(self, address: str, settings: WorkerSettings) -> None:
+    def __init__(self, address: str, settings: WorkerSettings, *, answer_wait_s: float) -> None:
         self.address = address
+        self._answer_wait_s = answer_wait_s
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         self._upstream = Upstream(f"http://{address}", headers, max_concurrency=CONNECTIONS_MAX, settings=settings)
 
@@ -56,8 +56,8 @@ class Asker:
         await self._upstream.aclose()
 
     async def _ask(self, method: str, path: str, body: bytes | None) -> Said:
-        clock = asyncio.get_running_loop().time
-        patience = Patience(first_s=ANSWER_WAIT_S, idle_s=ANSWER_WAIT_S, total_s=ANSWER_WAIT_S, clock=clock)
+        clock, wait_s = asyncio.get_running_loop().time, self._answer_wait_s
+        patience = Patience(first_s=wait_s, idle_s=wait_s, total_s=wait_s, clock=clock)
         answer = await self._upstream.ask(method, path, body=body, patience=patience)
         try:
             raw = await answer.read_some(ANSWER_BYTES_MAX + 1, patience)

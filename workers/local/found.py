@@ -35,6 +35,7 @@ class Pace:
     """How often things are done, in seconds."""
 
     poll_every_s: float = 3.0
+    answer_wait_s: float = 2.0
     stranger_every_s: float = 15.0  # somebody else's server is not to be bothered more often
     silent_after_polls: int = 2  # without an answer in time; while it generates for us it may be too busy
     retry_min_s: float = 30.0  # a proof that failed; then twice as long each time

@@ -29,7 +29,7 @@ from workers.local.found import Pace
 from workers.worker import Worker
 
 INGRESS = IngressId("ingress-test")
-FAST = Pace(poll_every_s=0.05, stranger_every_s=0.05, retry_min_s=0.1, retry_max_s=0.4)
+FAST = Pace(poll_every_s=0.05, answer_wait_s=0.8, stranger_every_s=0.05, retry_min_s=0.1, retry_max_s=0.4)
 
 
 @dataclass
