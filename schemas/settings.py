@@ -216,11 +216,11 @@ def priced(route: RouteSettings, model: ModelSettings) -> ModelSettings:
     if model.price is not None:
         return model
     known = known_provider(route)
-    if route.provider in OWN or _is_here(route.base_url):
-        price: Price | None = FREE
+    if known is not None:  # also behind a proxy on this machine
+        price = known_price(known, model.upstream_name) or UNKNOWN
     else:
-        price = None if known is None else known_price(known, model.upstream_name)
-    return msgspec.structs.replace(model, price=price or UNKNOWN)
+        price = FREE if route.provider in OWN or _is_here(route.base_url) else UNKNOWN
+    return msgspec.structs.replace(model, price=price)
 
 
 def _with_keys(environ: Mapping[str, str]) -> tuple[RouteSettings, ...]:

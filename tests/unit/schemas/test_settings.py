@@ -233,6 +233,7 @@ def test_of_several_variables_the_one_that_is_set_holds_the_key() -> None:
         (RouteSettings(id=RouteId("r"), provider="openai", base_url="http://10.0.0.7:8000/v1"), UNKNOWN),
         (RouteSettings(id=RouteId("r"), provider="openai"), Price(input=150_000, cached_input=75_000, output=600_000)),
         (RouteSettings(id=RouteId("r"), provider="together"), UNKNOWN),
+        (RouteSettings(id=RouteId("r"), provider="together", base_url="http://127.0.0.1:1/v1"), UNKNOWN),
     ],
 )
 def test_a_model_without_a_stated_price_has_the_known_one_or_is_free_here_or_unknown(
