@@ -41,6 +41,9 @@ log = structlog.get_logger()
 DRAIN_S = 2.0
 
 
+MODEL_SHOWN_CHARS = 256  # of a model name in an event: whoever asks for a longer one asks for none of ours
+
+
 class ClientLeftError(PenstockError):
     """The client closed the connection before its request was complete."""
 
@@ -156,7 +159,7 @@ class ChatCompletions:
             request_id=visit.arrival.request_id,
             producer=self._services.log.producer,
             key_id=None if principal is None else principal.key_id,
-            model=None if request is None else request.model,
+            model=None if request is None else request.model[:MODEL_SHOWN_CHARS],
             code=error.code,
             http_status=CLIENT_LEFT_STATUS if left else problem.status,
             stream=request is not None and request.stream,
