@@ -7,7 +7,6 @@ import json
 import random
 import socket
 import time
-from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -16,12 +15,12 @@ import pytest
 from schemas.jobs import PRESENCE_EVERY_S, PRESENCE_MISSED_MAX
 from tests.e2e.asking import Heard, ask, messages, read, row, works
 from tests.e2e.deployment import MODEL, Deployment, Provider
+from tests.measured import measured
 from tests.waiting import eventually
 
 LOST_WITHIN_S = PRESENCE_EVERY_S * PRESENCE_MISSED_MAX + 2.0
 BACK_WITHIN_S = 5.0
 
-Record = Callable[[str, object], None]
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -42,7 +41,8 @@ async def _heard_of(up: Deployment) -> None:
 
 
 async def test_a_worker_killed_in_the_middle_is_an_honest_error_and_another_takes_over(
-    broken_up: Deployment, provider: Provider, record_property: Record
+    broken_up: Deployment,
+    provider: Provider,
 ) -> None:
     """A stream that has begun can't go on; a request of which nothing was delivered is done again, unseen."""
     broken_up.expected |= {"process_died"}
@@ -57,7 +57,7 @@ async def test_a_worker_killed_in_the_middle_is_an_honest_error_and_another_take
         began = time.monotonic()
         pid = broken_up.kill("worker")
         stream = await streaming
-        record_property("worker_killed_to_error_s", round(time.monotonic() - began, 2))
+        measured("worker_killed_to_error_s", round(time.monotonic() - began, 2))
         assert time.monotonic() - began < LOST_WITHIN_S
         assert (stream.status, stream.code) == (200, "worker_lost")
         whole = await asking
@@ -76,7 +76,8 @@ async def test_a_worker_killed_in_the_middle_is_an_honest_error_and_another_take
 
 
 async def test_an_ingress_killed_comes_back_on_the_same_port_with_its_keys_and_models(
-    broken_up: Deployment, provider: Provider, record_property: Record
+    broken_up: Deployment,
+    provider: Provider,
 ) -> None:
     broken_up.expected |= {"process_died"}
     base_url, key = broken_up.base_url, broken_up.api_key
@@ -91,7 +92,7 @@ async def test_an_ingress_killed_comes_back_on_the_same_port_with_its_keys_and_m
             await _exhaust(stream)
     provider.script()
     took = await works(broken_up)
-    record_property("ingress_killed_to_first_answer_s", round(took, 2))
+    measured("ingress_killed_to_first_answer_s", round(took, 2))
     assert took < BACK_WITHIN_S
     await _restarted(broken_up, "ingress", pid)
     assert (broken_up.base_url, broken_up.api_key) == (base_url, key)
@@ -105,7 +106,8 @@ async def _exhaust(stream: openai.AsyncStream[Any]) -> None:
 
 
 async def test_nats_killed_while_requests_run_costs_none_of_them(
-    broken_up: Deployment, provider: Provider, record_property: Record
+    broken_up: Deployment,
+    provider: Provider,
 ) -> None:
     broken_up.expected |= {"process_died", "event_log_unavailable", "frame_not_sent", "connection_error"}
     provider.script(tokens=100, pace_s=0.01)
@@ -115,7 +117,7 @@ async def test_nats_killed_while_requests_run_costs_none_of_them(
         began = time.monotonic()
         pid = broken_up.kill("nats")
         heard: list[Heard] = await asyncio.gather(*running)
-        record_property("nats_killed_to_last_answer_s", round(time.monotonic() - began, 2))
+        measured("nats_killed_to_last_answer_s", round(time.monotonic() - began, 2))
     await _restarted(broken_up, "nats", pid)
     assert [each.code for each in heard] == [None] * 10
     assert {each.text for each in heard} == {" ".join(f"w{number}" for number in range(100))}
@@ -127,14 +129,14 @@ async def test_nats_killed_while_requests_run_costs_none_of_them(
 
 
 async def test_nats_killed_while_idle_is_not_noticed_by_the_next_client(
-    broken_up: Deployment, record_property: Record
+    broken_up: Deployment,
 ) -> None:
     broken_up.expected |= {"process_died", "event_log_unavailable", "connection_error"}
     assert await works(broken_up) < BACK_WITHIN_S
     pid = broken_up.kill("nats")
     await _restarted(broken_up, "nats", pid)
     took = await works(broken_up)
-    record_property("nats_restarted_to_first_answer_s", round(took, 2))
+    measured("nats_restarted_to_first_answer_s", round(took, 2))
     assert took < BACK_WITHIN_S
 
 

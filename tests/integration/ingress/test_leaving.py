@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,13 +27,13 @@ from tests.integration.ingress.gateway import (
     body,
     sdk,
 )
+from tests.measured import measured
 from tests.mock_provider import MockProvider, Seen
 from tests.waiting import eventually
 
 CANCEL_WITHIN_S = 0.1
 ROUNDS = 5
 
-Record = Callable[[str, object], None]
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -52,7 +51,9 @@ async def _gone(mock: MockProvider, since_s: float) -> float:
 
 
 async def test_a_stream_whose_client_leaves_ends_at_the_provider_within_100_ms(
-    gateway: Gateway, mock: MockProvider, session: aiohttp.ClientSession, record_property: Record
+    gateway: Gateway,
+    mock: MockProvider,
+    session: aiohttp.ClientSession,
 ) -> None:
     mock.script(tokens=2000, pace_s=0.01)
     took = []
@@ -74,12 +75,13 @@ async def test_a_stream_whose_client_leaves_ends_at_the_provider_within_100_ms(
         receipt = await gateway.receipt(stream.request_id)
         assert (receipt["outcome"], receipt["code"]) == ("cancelled", "client_left")
         assert receipt["tokens_sent"] >= event["usage"]["completion_tokens"]
-    record_property("client_left_to_provider_closed_ms", [round(each * 1000, 1) for each in took])
+    measured("client_left_to_provider_closed_ms", [round(each * 1000, 1) for each in took])
     assert statistics.median(took) < CANCEL_WITHIN_S
 
 
 async def test_an_answer_without_streaming_whose_client_leaves_ends_at_the_provider_too(
-    gateway: Gateway, mock: MockProvider, record_property: Record
+    gateway: Gateway,
+    mock: MockProvider,
 ) -> None:
     mock.script(tokens=2000, pace_s=0.01)
     took = []
@@ -90,7 +92,7 @@ async def test_an_answer_without_streaming_whose_client_leaves_ends_at_the_provi
             await eventually(partial(_saying, mock, before))
             left_s = time.monotonic()
         took.append(await _gone(mock, left_s))
-    record_property("client_left_to_provider_closed_ms", [round(each * 1000, 1) for each in took])
+    measured("client_left_to_provider_closed_ms", [round(each * 1000, 1) for each in took])
     assert statistics.median(took) < CANCEL_WITHIN_S
     await eventually(lambda: len([e for e in gateway.events if e["kind"] == "request.finished"]) == ROUNDS)
     for event in [e for e in gateway.events if e["kind"] == "request.finished"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 
 import aiohttp
 import msgspec
@@ -13,6 +12,7 @@ import pytest
 from bus.server import EmbeddedServer
 from schemas.settings import IngressSettings
 from tests.integration.ingress.gateway import Gateway, Lines, OpenGateway, bearer, body, headers_of, soon, timeouts
+from tests.measured import measured
 from tests.mock_provider import MockProvider
 from tests.restarts import cut, frozen, kill, restart
 from tests.waiting import eventually
@@ -32,7 +32,6 @@ async def test_after_a_restart_while_idle_the_next_request_works_by_itself(
     gateway: Gateway,
     nats_server: EmbeddedServer,
     session: aiohttp.ClientSession,
-    record_property: Callable[[str, object], None],
 ) -> None:
     assert (await _ask(session, gateway))[0] == 200
     await nats_server.stop()
@@ -44,7 +43,7 @@ async def test_after_a_restart_while_idle_the_next_request_works_by_itself(
 
     await soon(works, what="a request", timeout_s=10)
     took = time.monotonic() - began
-    record_property("nats_restarted_to_first_answer_ms", round(took * 1000))
+    measured("nats_restarted_to_first_answer_ms", round(took * 1000))
     assert took < BACK_WITHIN_S
     assert (await _ask(session, gateway))[0] == 200
 
