@@ -39,8 +39,6 @@ from schemas.settings import IngressSettings
 log = structlog.get_logger()
 
 DRAIN_S = 2.0
-
-
 MODEL_SHOWN_CHARS = 256  # of a model name in an event: whoever asks for a longer one asks for none of ours
 
 
