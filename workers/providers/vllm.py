@@ -16,12 +16,13 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
 from msgspec import Raw
 
-from schemas.errors import Fault, SetupError
+from schemas.errors import Fault, ProviderRejected, SetupError
 from schemas.jobs import Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
 from workers.engine.engine import Engine, EngineCommand, socket_path
@@ -76,6 +77,7 @@ class Vllm(OpenAI):
         self._idle_since = time.monotonic()
         self._tell: Tell = lambda _: None
         self._tasks: list[asyncio.Task[None]] = []
+        self._probing: asyncio.Task[None] | None = None
         self._fingerprint: ModelFingerprint | None = None
 
     @classmethod
@@ -138,9 +140,10 @@ class Vllm(OpenAI):
             self._idle_since = time.monotonic()
 
     async def aclose(self) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *([] if self._probing is None else [self._probing])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await super().aclose()
         if self._engine is not None:
             await self._engine.aclose()
@@ -158,11 +161,12 @@ class Vllm(OpenAI):
 
     def _on_engine(self, reason: str | None) -> None:
         """Our engine's word. A fresh one is probed before it takes jobs."""
+        if self._probing is not None:
+            self._probing.cancel()  # what it would find is no longer so
         if reason is not None:
             self._tell(reason)
-            return
-        self._tasks = [task for task in self._tasks if not task.done()]
-        self._tasks.append(asyncio.create_task(self._probe_until_known(), name="vllm-probe"))
+        else:
+            self._probing = asyncio.create_task(self._probe_until_known(), name="vllm-probe")
 
     async def _watch(self) -> None:
         """For a server that is not ours: whether it is there, and what it can do."""
@@ -174,27 +178,34 @@ class Vllm(OpenAI):
 
     async def _probe_until_known(self) -> None:
         """A real one-token request that asks for token ids: what comes back tells whether they can be had."""
-        while True:
-            try:
-                self.powers = await self._probe()
-                break
-            except Fault as fault:
-                self._tell(f"the server failed its test request: {fault.message}")
-                await asyncio.sleep(PROBE_EVERY_S)
-        self._fingerprint = await asyncio.to_thread(fingerprint_of, self._served)
+        self._running += 1  # an engine that is being asked is not idle
+        try:
+            while True:
+                try:
+                    self.powers = await self._probe()
+                    break
+                except Fault as fault:
+                    self._tell(f"the server failed its test request: {fault.message}")
+                    await asyncio.sleep(PROBE_EVERY_S)
+            self._fingerprint = await asyncio.to_thread(fingerprint_of, self._served)
+        finally:
+            self._running -= 1
+            self._idle_since = time.monotonic()
         log.info("vllm_ready", token_ids=self.powers.token_ids)
         self._tell(None)
 
     async def _probe(self) -> Powers:
-        body = _encode(
-            {
-                "model": self.upstream_model(next(iter(self._upstream_names))),
-                "messages": [{"role": "user", "content": "Hi"}],
-                "max_tokens": 1,
-                "return_token_ids": True,
-            }
-        )
-        answer = await self._fetch("POST", "/chat/completions", body)
+        """Raises: Fault."""
+        asked: dict[str, Any] = {
+            "model": self.upstream_model(next(iter(self._upstream_names))),
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 1,
+        }
+        try:
+            answer = await self._fetch("POST", "/chat/completions", _encode({**asked, "return_token_ids": True}))
+        except ProviderRejected:  # perhaps only for what it doesn't know
+            await self._fetch("POST", "/chat/completions", _encode(asked))
+            return Powers()
         return Powers(token_ids=b'"token_ids":[' in answer)
 
     async def _answers(self) -> bool:
@@ -259,6 +270,7 @@ def _serve_command(route: RouteSettings, served: str, socket: Path) -> EngineCom
         environ={
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
+            "VLLM_API_KEY": "",  # only we can reach its socket; a key of the environment would keep us out
             **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
             **route.vllm.environ,
         },

@@ -2,43 +2,71 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
-from msgspec import Raw
+from msgspec import Meta, Raw, Struct
+from msgspec.structs import replace
 
 from schemas.errors import ProviderNonsense
 from workers.providers.base import Chunk
 from workers.providers.openai_chunks import ChunkReader
 
 _IDS = b'token_ids"'  # of the choices, and of the prompt
+_NULL = Raw(b"null")
 
 _choices = msgspec.json.Decoder(list[dict[str, Raw]]).decode
-_ids = msgspec.json.Decoder(tuple[int, ...] | None).decode
+_ids = msgspec.json.Decoder(tuple[Annotated[int, Meta(ge=0, lt=2**32)], ...] | None).decode
 _encode = msgspec.json.encode
+
+
+class _Request(Struct):
+    n: int | None = None
+
+
+_request = msgspec.json.Decoder(_Request).decode
 
 
 class VllmChunkReader(ChunkReader):
     """Reads as its parent does, and moves the token ids from the JSON into the chunk.
 
-    They are kept for an answer with one choice: only that one could be continued.
+    They are kept for an answer with one choice: only that one could be continued. They are counted for all.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prompt_told = False
+        self._one_choice: bool | None = None
 
     def _chunk(self, members: dict[str, Raw], data: bytes, *, streamed: bool) -> Chunk | None:
         prompt_ids: tuple[int, ...] = ()
-        ids_by_choice: list[tuple[int, ...]] = []
-        if _IDS in data:
+        ids_by_choice: list[tuple[int, ...] | None] = []
+        if _IDS in data and "choices" in members:
             try:
-                prompt_ids = _ids(members.pop("prompt_token_ids", Raw(b"null"))) or ()
-                choices = _choices(members.get("choices", Raw(b"[]")))
-                ids_by_choice = [_ids(choice.pop("token_ids", Raw(b"null"))) or () for choice in choices]
+                prompt_ids = _ids(members.pop("prompt_token_ids", _NULL)) or ()
+                choices = _choices(members["choices"])
+                ids_by_choice = [_ids(choice.pop("token_ids", _NULL)) for choice in choices]
             except msgspec.MsgspecError as error:
                 raise ProviderNonsense("The engine sent token ids that are none.") from error
             members["choices"] = Raw(_encode(choices))
         chunk = super()._chunk(members, data, streamed=streamed)
-        if chunk is None or not (prompt_ids or any(ids_by_choice)):
+        if chunk is None:
+            return None
+        counted = [ids for ids in ids_by_choice if ids is not None]
+        if counted and len(counted) == len(ids_by_choice):
+            chunk = replace(chunk, tokens=sum(len(ids) for ids in counted))  # not estimated
+        if not self._is_one_choice():
             return chunk
-        return msgspec.structs.replace(
-            chunk,
-            tokens=sum(len(ids) for ids in ids_by_choice),  # counted, not estimated
-            token_ids=ids_by_choice[0] if len(ids_by_choice) == 1 else (),
-            prompt_token_ids=prompt_ids,
-        )
+        if prompt_ids and not self._prompt_told:
+            self._prompt_told = True
+            chunk = replace(chunk, prompt_token_ids=prompt_ids)
+        return replace(chunk, token_ids=counted[0]) if len(counted) == 1 and counted[0] else chunk
+
+    def _is_one_choice(self) -> bool:
+        """In a stream, each choice of several comes in chunks of its own: only the request tells."""
+        if self._one_choice is None:
+            try:
+                self._one_choice = (_request(self.habits.request).n or 1) == 1
+            except msgspec.MsgspecError:
+                self._one_choice = True
+        return self._one_choice

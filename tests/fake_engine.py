@@ -1,0 +1,147 @@
+"""A model server with vLLM's command line and no model: it says back what it is told, and misbehaves on demand.
+
+    fake_engine.py serve MODEL --uds PATH [--fake-…] [any flag of vLLM's]
+
+An outside witness: the standard library alone, and no code of the product. A message that is `crash` ends the process in the
+middle of the answer; `endless` gets an answer that goes on for ever. Flags are told back as a line of the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+PACE_S = 0.005  # between the tokens of an endless answer
+BODY_BYTES_MAX = 1024 * 1024
+CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
+
+
+class FakeEngine:
+    def __init__(self, *, token_ids: bool = True, strict: bool = False) -> None:
+        """*strict* refuses what it doesn't know. Without *token_ids* it doesn't know of these."""
+        self.token_ids = token_ids
+        self.strict = strict
+        self.bodies: list[dict[str, Any]] = []
+
+    async def on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            method, path, _ = head.split(" ", 2)
+            length = next((int(line[15:]) for line in head.splitlines() if line.lower()[:15] == "content-length:"), 0)
+            body = json.loads(await reader.readexactly(min(length, BODY_BYTES_MAX)) or b"{}")
+            if method == "POST":
+                await self._chat(body, writer)
+            elif path in ("/health", "/v1/models"):
+                await _say(writer, {"data": [{"id": "m"}]})
+            else:
+                await _say(writer, {"error": {"message": "no such path"}}, status=404)
+        with contextlib.suppress(ConnectionError):
+            writer.close()
+            await writer.wait_closed()
+
+    async def _chat(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        self.bodies.append(body)
+        if self.strict and "return_token_ids" in body:
+            await _say(writer, {"error": {"message": "unknown field", "param": "return_token_ids"}}, status=400)
+            return
+        with_ids = self.token_ids and body.get("return_token_ids") is True
+        text = body["messages"][-1]["content"]
+        words = text.split()[: body.get("max_tokens")]
+        prompt_ids = list(range(len(words))) if with_ids else None
+        usage = {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)}
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": " ".join(words)}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            if with_ids:
+                choice["token_ids"] = [100 + at for at in range(len(words))]
+            await _say(writer, {"id": "c", "choices": [choice], "usage": usage, "prompt_token_ids": prompt_ids})
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        at = 0
+        async for word in _spoken(text, words):
+            choice = {"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}
+            if with_ids:
+                choice["token_ids"] = [100 + at]
+            await _event(writer, {"id": "c", "choices": [choice], **({} if at else {"prompt_token_ids": prompt_ids})})
+            at += 1
+        await _event(writer, {"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        await _event(writer, {"id": "c", "choices": [], "usage": usage})
+        writer.write(b"data: [DONE]\n\n")
+        await writer.drain()
+
+
+async def _spoken(text: str, words: list[str]) -> AsyncIterator[str]:
+    for at, word in enumerate(words):
+        yield f" {word}" if at else word
+    if text == "crash":
+        os._exit(0)  # vLLM's front end says 0, too, when its engine has died
+    while text == "endless":
+        await asyncio.sleep(PACE_S)
+        yield " more"
+
+
+async def _say(writer: asyncio.StreamWriter, answer: dict[str, Any], *, status: int = 200) -> None:
+    body = json.dumps(answer, separators=(",", ":")).encode()
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    writer.write(f"{head}connection: close\r\n\r\n".encode() + body)
+    await writer.drain()
+
+
+async def _event(writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
+    writer.write(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n")
+    await writer.drain()
+
+
+@contextlib.asynccontextmanager
+async def fake_engine(**wanted: Any) -> AsyncIterator[tuple[FakeEngine, str]]:
+    """One in this process, on a port; and its base URL."""
+    engine = FakeEngine(**wanted)
+    server = await asyncio.start_server(engine.on_connection, "127.0.0.1", 0)
+    yield engine, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    server.close()
+    await server.wait_closed()
+
+
+def _log(*words: str) -> None:
+    sys.stdout.write(" ".join(words) + "\n")
+    sys.stdout.flush()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--uds", required=True)
+    parser.add_argument("--fake-start-s", type=float, default=0.0)
+    parser.add_argument("--fake-say", action="append", default=[], help="a line of the log, in this order")
+    parser.add_argument("--fake-flood", type=int, default=0, help="so many bytes of log")
+    parser.add_argument("--fake-gate", type=Path, help="it ends at once while this file exists")
+    parser.add_argument("--fake-stuck", action="store_true", help="it is never healthy")
+    parser.add_argument("--fake-child", action="store_true", help="it has a child that SIGTERM doesn't end")
+    parser.add_argument("--fake-deaf", action="store_true", help="SIGTERM doesn't end it either")
+    args, others = parser.parse_known_args()
+    _log("flags", *others)
+    if args.fake_gate is not None and args.fake_gate.exists():
+        sys.exit("the gate is shut")
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, (lambda: None) if args.fake_deaf else stop.set)
+    if args.fake_child:
+        await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD)
+    for line in args.fake_say:
+        _log(line)
+    _log("x" * args.fake_flood)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), args.fake_start_s)
+    if not args.fake_stuck:
+        await asyncio.start_unix_server(FakeEngine().on_connection, args.uds)
+    await stop.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,209 @@
+"""A child of the worker: its start, its crash, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from schemas.errors import ProviderUnreachable
+from tests.integration.engine.conftest import FAKE, Make, runs
+from tests.waiting import eventually
+from workers.engine.phases import Phase
+
+SAYINGS = ("Time spent downloading weights", "Starting to load model m", "Capturing CUDA graphs")
+
+
+async def test_an_engine_tells_each_phase_of_its_start_and_then_that_it_is_ready(make: Make) -> None:
+    rig = make(*(word for line in SAYINGS for word in ("--fake-say", line)), "--fake-start-s", "0.2")
+    await rig.started()
+    assert rig.told[-1] is None
+    assert list(dict.fromkeys(rig.told)) == [
+        "the engine is starting",
+        "the engine is downloading",
+        "the engine is loading",
+        "the engine is compiling",
+        None,
+    ]
+    assert rig.engine.phase is Phase.READY
+
+
+async def test_a_start_that_is_slow_is_not_ready_before_it_answers(make: Make) -> None:
+    rig = make("--fake-start-s", "0.3")
+    rig.start()
+    await eventually(rig.command.log_file.exists, what="it runs")
+    assert not rig.engine.is_ready
+    await rig.ready()
+
+
+async def test_a_crash_is_told_at_once_and_the_engine_started_again(make: Make) -> None:
+    rig = make()
+    await rig.started()
+    rig.told.clear()
+    (server,) = [process for process in rig.processes() if "guard.py" not in " ".join(process.cmdline())]
+    server.kill()
+    await eventually(lambda: rig.told, timeout_s=1.0, what="word of the crash")
+    assert rig.told[0] == "the engine stopped; it is started again in 0.05 s"
+    await rig.ready()
+    assert rig.told[-1] is None
+
+
+async def test_what_a_crashed_engine_leaves_behind_is_killed_before_the_next_starts(make: Make) -> None:
+    """VLLM's engine process outlives its front end, and the GPU's memory with it."""
+    rig = make("--fake-child")
+    await rig.started()
+    before = rig.processes()
+    assert len(before) == 3
+    next(p for p in before if FAKE.name in " ".join(p.cmdline()) and "guard.py" not in " ".join(p.cmdline())).kill()
+    await eventually(lambda: not any(runs(process) for process in before), what="the end of all three")
+    await rig.ready()
+
+
+async def test_a_guard_that_is_killed_takes_its_engine_with_it(make: Make) -> None:
+    rig = make("--fake-child")
+    await rig.started()
+    before = rig.processes()
+    assert rig.engine.pid is not None
+    psutil.Process(rig.engine.pid).kill()
+    await eventually(lambda: not any(runs(process) for process in before), what="the end of all three")
+    await rig.ready()
+
+
+async def test_an_engine_that_never_comes_up_is_tried_again_ever_more_slowly(make: Make, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    rig = make("--fake-gate", str(gate))
+    rig.start()
+    await eventually(lambda: any("0.1 s" in (word or "") for word in rig.told), what="a second failure")
+    stops = [word for word in rig.told if word is not None and "stopped" in word]
+    assert stops[:2] == [f"the engine stopped; it is started again in {wait} s" for wait in ("0.05", "0.1")]
+    gate.unlink()
+    await rig.ready()
+
+
+async def test_a_start_over_its_limit_is_ended_and_tried_again(make: Make) -> None:
+    rig = make("--fake-stuck", "--fake-child", start_timeout_s=0.3)
+    rig.start()
+    await eventually(lambda: len(rig.processes()) == 3, what="it runs")
+    before = rig.processes()
+    await eventually(lambda: rig.engine.phase is Phase.FAILED, what="it is given up")
+    assert not any(runs(process) for process in before)
+
+
+async def test_a_socket_that_was_left_behind_is_no_hindrance(make: Make) -> None:
+    rig = make()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(rig.command.socket))
+    assert rig.command.socket.exists()
+    await rig.started()
+
+
+async def test_an_unloaded_engine_is_loaded_by_the_job_that_needs_it(make: Make) -> None:
+    """It counts as able to serve all the while: nobody hears of its unloading or its loading."""
+    rig = make()
+    await rig.started()
+    rig.told.clear()
+    await rig.engine.unload()
+    await eventually(lambda: rig.engine.phase is Phase.STOPPED and not rig.processes(), what="it is unloaded")
+    await asyncio.gather(*(rig.engine.need() for _ in range(3)))
+    assert rig.engine.is_ready
+    assert set(rig.told) == {None}
+
+
+async def test_a_job_that_comes_while_the_engine_unloads_has_it_loaded_again(make: Make) -> None:
+    rig = make()
+    await rig.started()
+    rig.told.clear()
+    unloading = asyncio.create_task(rig.engine.unload())
+    await asyncio.sleep(0)  # it has begun
+    assert not rig.engine.is_ready
+    await rig.engine.need()
+    await unloading
+    assert rig.engine.is_ready
+    assert set(rig.told) == {None}, "it is no crash"
+
+
+async def test_a_load_that_fails_faults_the_job_that_waits_for_it(make: Make, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    rig = make("--fake-gate", str(gate))
+    await rig.started()
+    await rig.engine.unload()
+    gate.touch()
+    with pytest.raises(ProviderUnreachable):
+        await rig.engine.need()
+    assert rig.told[-1] == "the engine stopped; it is started again in 0.05 s"
+    gate.unlink()
+    await rig.ready()
+
+
+async def test_closing_ends_an_engine_whatever_it_is_doing(make: Make) -> None:
+    rig = make("--fake-start-s", "60")
+    rig.start()
+    await eventually(lambda: len(rig.processes()) == 2, what="it runs")
+    waiting = asyncio.create_task(rig.engine.need())
+    await asyncio.sleep(0)
+    await rig.engine.aclose()
+    assert rig.processes() == []
+    with pytest.raises(ProviderUnreachable):
+        await waiting
+
+
+async def test_an_engine_closed_while_it_unloads_leaves_nothing(make: Make) -> None:
+    rig = make("--fake-child")
+    await rig.started()
+    unloading = asyncio.create_task(rig.engine.unload())
+    await asyncio.sleep(0)
+    unloading.cancel()
+    await rig.engine.aclose()
+    await asyncio.gather(unloading, return_exceptions=True)
+    assert rig.processes() == []
+
+
+async def test_the_log_is_kept_and_bounded(make: Make, tmp_path: Path) -> None:
+    rig = make("--fake-flood", "300000", "--max-model-len=8192", log_max_bytes=100_000)
+    await rig.started()
+    sizes = [(tmp_path / name).stat().st_size for name in ("e.log", "e.old")]
+    assert max(sizes) <= 100_000
+
+
+async def test_flags_of_the_operators_reach_the_engine(make: Make) -> None:
+    rig = make("--max-model-len=8192", "--enforce-eager")
+    await rig.started()
+    assert rig.command.log_file.read_text().splitlines()[0] == "flags serve m --max-model-len=8192 --enforce-eager"
+
+
+OWNER = """\
+import asyncio, sys
+from pathlib import Path
+from workers.engine.engine import Engine, EngineCommand
+
+async def healthy():
+    return False
+
+async def main():
+    folder = Path(sys.argv[1])
+    argv = (sys.executable, sys.argv[2], "serve", "m", "--uds", str(folder / "e.sock"), "--fake-child", "--fake-deaf")
+    command = EngineCommand(name="e", argv=argv, socket=folder / "e.sock", log_file=folder / "e.log")
+    Engine(command, healthy=healthy, start_timeout_s=60.0).attach(lambda _: None)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_owner_leaves_no_process_of_its_engine(make: Make, tmp_path: Path) -> None:
+    rig = make()  # never started: its names only
+    root = Path(__file__).parents[3]
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", OWNER, str(tmp_path), str(FAKE), cwd=root, stdout=asyncio.subprocess.DEVNULL
+    )
+    await eventually(rig.command.socket.exists, timeout_s=10, what="the engine runs")
+    started = rig.processes()
+    assert len(started) == 3
+    owner.kill()
+    await owner.wait()
+    await eventually(lambda: not any(runs(process) for process in started), what="the end of all three")
