@@ -60,8 +60,9 @@ def _take(voice: Voice, choice: dict[str, Any], *, streamed: bool) -> None:
         if not streamed:
             voice.calls.append(call)
         elif call["index"] == len(voice.calls):
-            assert call["function"]["arguments"] == "", "the first piece of a call has its name and no arguments"
-            voice.calls.append({"id": call["id"], "type": call["type"], "function": dict(call["function"])})
+            assert not call["function"].get("arguments"), "the first piece of a call has its name and no arguments"
+            function = {"arguments": "", **call["function"]}  # vLLM leaves it away in the piece that has the name
+            voice.calls.append({"id": call["id"], "type": call["type"], "function": function})
         else:
             voice.calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
     if choice.get("finish_reason") is not None:
