@@ -9,11 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from schemas.errors import ProviderUnreachable
-from tests.integration.engine.conftest import FAKE, Make, runs
+from tests.integration.engine.conftest import FAKE, Make, processes_of, runs
 from tests.waiting import eventually
+from workers.engine.engine import Engine, EngineCommand
 from workers.engine.phases import Phase
+from workers.providers.vllm import _Health
 
 SAYINGS = ("Time spent downloading weights", "Starting to load model m", "Capturing CUDA graphs")
 
@@ -207,3 +210,27 @@ async def test_a_killed_owner_leaves_no_process_of_its_engine(make: Make, tmp_pa
     owner.kill()
     await owner.wait()
     await eventually(lambda: not any(runs(process) for process in started), what="the end of all three")
+
+
+def test_an_engine_lives_on_the_loop_of_the_workers_too(tmp_path: Path) -> None:
+    """Children are a matter of the loop, and workers run on uvloop: a start, a crash, a return, an unloading and the end."""
+
+    async def live() -> None:
+        socket_file = tmp_path / "e.sock"
+        argv = (sys.executable, str(FAKE), "serve", "m", "--uds", str(socket_file), "--fake-child")
+        command = EngineCommand(name="e", argv=argv, socket=socket_file, log_file=tmp_path / "e.log")
+        engine = Engine(command, healthy=_Health(socket_file), start_timeout_s=10.0, backoff_min_s=0.05)
+        told: list[str | None] = []
+        engine.attach(told.append)
+        await eventually(lambda: engine.is_ready, timeout_s=10, what="it is ready")
+        before = processes_of(socket_file)
+        next(p for p in before if "guard.py" not in " ".join(p.cmdline())).kill()
+        await eventually(lambda: not any(runs(process) for process in before), what="the end of all three")
+        assert told[-1] == "the engine stopped; it is started again in 0.05 s"
+        await eventually(lambda: engine.is_ready, timeout_s=10, what="it is ready again")
+        await engine.unload()
+        await engine.need()
+        await engine.aclose()
+        assert processes_of(socket_file) == []
+
+    uvloop.run(live())
