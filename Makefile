@@ -18,7 +18,7 @@ up: $(VENV)/.runtime  ## Run Penstock on this machine (ARGS="--port 9000 --confi
 
 test: $(VENV)/.dev  ## Lint, types and all tests that need no vLLM and no GPU
 	@$(MAKE) --no-print-directory lint types
-	@$(BIN)/pytest -m "not vllm and not gpu and not conformance" $(ARGS)
+	@tools/run-tests $(ARGS)
 	@$(MAKE) --no-print-directory conformance
 
 conformance: $(VENV)/.dev  ## openai-python's own tests, chat and models, against `penstock up`
