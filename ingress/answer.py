@@ -14,6 +14,7 @@ from schemas.ids import RequestId
 
 Headers = list[tuple[bytes, bytes]]
 MakeHeaders = Callable[[], Headers]
+MakeWriter = Callable[[], EventWriter]  # asked once, with the first content: by then it is known which model answers
 
 
 class Answer(Protocol):
@@ -41,12 +42,13 @@ class StreamedAnswer:
     """Server-sent events, exactly as the API writes them."""
 
     def __init__(
-        self, send: Send, writer: EventWriter, *, headers: MakeHeaders, include_usage: bool, cut: Callable[[], None]
+        self, send: Send, make_writer: MakeWriter, *, headers: MakeHeaders, include_usage: bool, cut: Callable[[], None]
     ) -> None:
         self.began = False
         self.delivered = False
         self._send = send
-        self._writer = writer
+        self._make_writer = make_writer
+        self._made_writer: EventWriter | None = None
         self._headers = headers
         self._include_usage = include_usage
         self.cut = cut
@@ -67,15 +69,23 @@ class StreamedAnswer:
     async def fail(self, problem: Problem) -> None:
         """Before the first byte as a plain error; after it inside the stream, which then ends without ``[DONE]``."""
         if self.began:
-            await self._write([self._writer.error_event(problem.body)], more=False)
+            await self._write([EventWriter.error_event(problem.body)], more=False)
         else:
             self.began = True
             await send_problem(self._send, problem, self._headers())
 
+    @property
+    def _writer(self) -> EventWriter:
+        if self._made_writer is None:
+            self._made_writer = self._make_writer()
+        return self._made_writer
+
     def _events(self, chunks: Sequence[Raw]) -> list[bytes]:
-        if chunks:
-            self.delivered = True
-        return [self._writer.event(bytes(chunk)) for chunk in chunks]
+        if not chunks:
+            return []
+        self.delivered = True
+        writer = self._writer
+        return [writer.event(bytes(chunk)) for chunk in chunks]
 
     async def _write(self, parts: Iterable[bytes], *, more: bool = True) -> None:
         if not self.began:
@@ -99,7 +109,7 @@ class WholeAnswer:
         request_id: RequestId,
         *,
         created: int,
-        model: str,
+        model: Callable[[], str],
         headers: MakeHeaders,
         cut: Callable[[], None],
     ) -> None:
@@ -123,7 +133,7 @@ class WholeAnswer:
     async def finish(self, chunks: Sequence[Raw], usage: bytes) -> None:
         await self.deliver(chunks)
         members = b"{}" if self._members is None else bytes(self._members)
-        body = whole_body(self._request_id, created=self._created, model=self._model, members=members, usage=usage)
+        body = whole_body(self._request_id, created=self._created, model=self._model(), members=members, usage=usage)
         self.began = self.delivered = True
         await send_body(self._send, 200, body, self._headers())
 

@@ -214,14 +214,19 @@ def _answer(send: Send, arrival: Arrival, request: ChatRequest, exchange: Exchan
         ]
 
     if not request.stream:
-        return WholeAnswer(send, arrival.request_id, created=created, model=request.model, headers=headers, cut=cut)
-    writer = EventWriter(
-        arrival.request_id,
-        created=created,
-        model=request.model,
-        include_usage=request.include_usage,
-        obfuscate=request.include_obfuscation,
-    )
+        return WholeAnswer(
+            send, arrival.request_id, created=created, model=lambda: exchange.model, headers=headers, cut=cut
+        )
+
+    def writer() -> EventWriter:
+        return EventWriter(
+            arrival.request_id,
+            created=created,
+            model=exchange.model,
+            include_usage=request.include_usage,
+            obfuscate=request.include_obfuscation,
+        )
+
     return StreamedAnswer(send, writer, headers=headers, include_usage=request.include_usage, cut=cut)
 
 

@@ -14,7 +14,7 @@ from starlette.types import Receive
 from bus.log import EventLog
 from bus.queue import JobQueue
 from ingress.answer import Answer
-from ingress.policy.routing import Plan
+from ingress.policy.routing import Leg, Plan
 from ingress.problems import CLIENT_LEFT_STATUS, fault_of, problem_of
 from ingress.relay import Relay, Switchboard
 from ingress.sse import usage_json
@@ -116,7 +116,7 @@ class Exchange:
         prompt_hash: str,
     ) -> None:
         self.attempts = 0
-        self.route: RouteId = plan.routes[0]
+        self.leg: Leg = plan.legs[0]  # of the present attempt
         self.overhead_us = 0  # ours until the first chunk: all time but the provider's
         self._s = services
         self._arrival = arrival
@@ -136,6 +136,15 @@ class Exchange:
         self._tokens = 0
         self._answer: Answer
         self._limit: asyncio.Timeout
+
+    @property
+    def route(self) -> RouteId:
+        return self.leg.route
+
+    @property
+    def model(self) -> str:
+        """The one that answers: the client's own, or a fallback that it named."""
+        return self.leg.model
 
     async def run(self, answer: Answer, receive: Receive) -> None:
         """Serves the request on *answer*. Watches *receive* for the client's leaving all the while."""
@@ -187,7 +196,7 @@ class Exchange:
 
     async def _attempts(self) -> Ending:
         while True:
-            self.route = self._plan.routes[self.attempts % len(self._plan.routes)]
+            self.leg = self._plan.legs[self.attempts % len(self._plan.legs)]
             self.attempts += 1
             ending = await self._attempt(epoch=self.attempts)
             if not isinstance(ending, Again):
@@ -311,7 +320,7 @@ class Exchange:
     def _finished(
         self, status: str, http_status: int, *, usage: Usage, code: str | None = None, frame: Finished | None = None
     ) -> RequestFinished:
-        price = self._plan.prices[self._plan.routes.index(self.route)]
+        price = self.leg.price
         return RequestFinished(
             id=EventId(new_id()),
             ts_ns=time.time_ns(),
@@ -320,7 +329,7 @@ class Exchange:
             epoch=self.attempts,
             producer=self._s.log.producer,
             key_id=self._principal.key_id,
-            model=self._request.model,
+            model=self.model,
             route=self.route,
             worker=self._worker,
             status=status,
@@ -405,7 +414,7 @@ class Exchange:
             nonce=relay.nonce,
             org=self._principal.org,
             key_id=self._principal.key_id,
-            model=self._request.model,
+            model=self.model,
             route=self.route,
             stream=self._request.stream,
             accepted_ns=self._arrival.ns,
@@ -426,7 +435,7 @@ class Exchange:
             stream=self._request.stream,
             prompt_hash=self._prompt_hash,
             body_bytes=len(self._body),
-            price=self._plan.prices[0],
+            price=self._plan.legs[0].price,
         )
 
     def _note_started(self, worker: WorkerId, epoch: int, at: float) -> None:

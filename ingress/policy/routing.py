@@ -16,11 +16,34 @@ WhyNot = Callable[[str], str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The routes in the order in which they are tried, and each one's price; at least one."""
+class Leg:
+    """A place where a request may be tried: a route, the model that is asked for there, and what it costs."""
 
-    routes: tuple[RouteId, ...]
-    prices: tuple[Price, ...]
+    route: RouteId
+    model: str  # the public name; another one than the client's where that named fallbacks
+    price: Price
+    why: str = ""  # it stands where it does, in a word or two
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A place that would serve the model, but not this request, and why not."""
+
+    route: RouteId
+    model: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The legs in the order in which they are tried, at least one; and what was left out."""
+
+    legs: tuple[Leg, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def routes(self) -> tuple[RouteId, ...]:
+        return tuple(leg.route for leg in self.legs)
 
 
 def plan(
@@ -44,8 +67,8 @@ def plan(
         raise ModelNotFound(
             f"The model '{model}' does not exist here. GET /v1/models lists those that do.", param="model"
         )
-    routes = tuple(sorted(offers, key=lambda route: (_rank(stated.get(route)), route)))
-    return Plan(routes, tuple(_price(stated.get(route), model) or offers[route] for route in routes))
+    routes = sorted(offers, key=lambda route: (_rank(stated.get(route)), route))
+    return Plan(tuple(Leg(route, model, _price(stated.get(route), model) or offers[route]) for route in routes))
 
 
 def _rank(stated: RouteStated | None) -> int:
