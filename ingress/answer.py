@@ -9,7 +9,7 @@ from msgspec import Raw
 from starlette.types import Send
 
 from ingress.problems import Problem
-from ingress.sse import DONE, KEEP_ALIVE, EventWriter, whole_body
+from ingress.sse import KEEP_ALIVE, EventWriter, whole_body
 from schemas.ids import RequestId
 
 Headers = list[tuple[bytes, bytes]]
@@ -63,7 +63,7 @@ class StreamedAnswer:
         events = self._events(chunks)
         if self._include_usage:
             events.append(self._writer.usage_event(usage))
-        events.append(DONE)
+        events.append(self._writer.done_event())
         await self._write(events, more=False)
 
     async def fail(self, problem: Problem) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -25,11 +26,12 @@ def writer(request_id: RequestId, *, model: str, created: int, usage: bool, obfu
 
 
 def data_of(event: bytes) -> Any:
-    assert event.startswith(b"data: ")
-    assert event.endswith(b"\n\n")
-    assert b"\n" not in event[:-2]
+    first, data, *rest = event.split(b"\n")
+    assert re.fullmatch(rb"id: [1-9][0-9]*", first)
+    assert data.startswith(b"data: ")
+    assert rest == [b"", b""]
     assert b"\r" not in event
-    return msgspec.json.decode(event[6:-2])
+    return msgspec.json.decode(data[6:])
 
 
 @given(st.lists(chunks, min_size=1, max_size=4), names, times, st.booleans(), st.booleans())

@@ -292,6 +292,7 @@ class Lines:
         self._request = session.post(url, json=given, headers=bearer(key))
         self.headers: Headers = {}
         self.status = 0
+        self.ids: list[int] = []  # of the events that came
 
     async def __aenter__(self) -> Self:
         self._response = await self._request.__aenter__()
@@ -307,10 +308,13 @@ class Lines:
         return self.headers["x-request-id"]
 
     async def next(self) -> bytes:
-        """The next event or comment; empty at the end."""
+        """The next event, without its id, or comment; empty at the end."""
         lines = []
         while (line := await self._response.content.readline()).strip():
-            lines.append(line.rstrip(b"\n"))
+            if line.startswith(b"id: "):
+                self.ids.append(int(line[4:]))
+            else:
+                lines.append(line.rstrip(b"\n"))
         return b"\n".join(lines)
 
     async def rest(self) -> list[bytes]:

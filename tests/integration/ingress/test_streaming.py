@@ -34,6 +34,15 @@ async def test_all_chunks_have_one_id_created_and_model(gateway: Gateway, sessio
     assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == "one two three"
 
 
+async def test_every_event_has_a_number_and_they_count_from_one(
+    gateway: Gateway, session: aiohttp.ClientSession
+) -> None:
+    asked = body(stream=True, stream_options={"include_usage": True})
+    async with Lines(session, gateway.chat_url, asked) as stream:
+        events = await stream.rest()
+    assert stream.ids == list(range(1, len(events) + 1))
+
+
 async def test_usage_is_null_until_a_last_chunk_without_choices(
     gateway: Gateway, session: aiohttp.ClientSession
 ) -> None:
