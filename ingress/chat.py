@@ -15,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 from bus.control import ControlFeed
 from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, end_body, send_problem
 from ingress.auth import authenticate
-from ingress.exchange import RECORD_FAILURE_WAIT_S, Arrival, Exchange, Services
+from ingress.books import RECORD_FAILURE_WAIT_S, Arrival, Books
+from ingress.exchange import Exchange, Services
 from ingress.fleet import Fleet
 from ingress.policy.routing import plan
 from ingress.problems import CLIENT_LEFT_STATUS, Problem, problem_of
@@ -73,7 +74,7 @@ class ChatCompletions:
         try:
             visit = Visit(Arrival(RequestId(new_id()), time.monotonic(), time.time_ns()))
             try:
-                exchange, request = await self._admit(visit, scope, receive)
+                exchange = await self._admit(visit, scope, receive)
             except PenstockError as error:
                 await self._reject(error, visit, receive, send)
             except Exception:
@@ -82,11 +83,11 @@ class ChatCompletions:
                 await self._reject(PenstockError(), visit, receive, send)
             else:
                 cut = cut_of(scope.get("state", {}))
-                await exchange.run(_answer(send, visit.arrival, request, exchange, cut), receive)
+                await exchange.run(_answer(send, visit.arrival, exchange.books, cut), receive)
         finally:
             self._running -= 1
 
-    async def _admit(self, visit: Visit, scope: Scope, receive: Receive) -> tuple[Exchange, ChatRequest]:
+    async def _admit(self, visit: Visit, scope: Scope, receive: Receive) -> Exchange:
         """The exchange for a request that may be served; *visit* is told what is known of it on the way.
 
         Raises: PenstockError that says why it may not.
@@ -109,16 +110,16 @@ class ChatCompletions:
             known=self._fleet.knows(request.model),
             why_not=self._fleet.why_not,
         )
-        exchange = Exchange(
-            self._services,
+        books = Books(
+            self._services.log,
             visit.arrival,
             request,
-            body=body,
+            body_bytes=len(body),
             principal=principal,
             plan=routes,
             prompt_hash=prompt_hash(principal.org, request.messages_raw),
         )
-        return exchange, request
+        return Exchange(self._services, books, body=body)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises: BodyTooLarge, RequestTimeout, ClientLeftError."""
@@ -201,28 +202,29 @@ def prompt_hash(org: OrgId, messages: bytes) -> str:
     return hashlib.sha256(org.encode() + b"\0" + messages).hexdigest()
 
 
-def _answer(send: Send, arrival: Arrival, request: ChatRequest, exchange: Exchange, cut: Callable[[], None]) -> Answer:
+def _answer(send: Send, arrival: Arrival, books: Books, cut: Callable[[], None]) -> Answer:
+    request = books.request
     created = arrival.ns // 1_000_000_000
 
     def headers() -> Headers:
         return [
             (b"x-request-id", arrival.request_id.encode()),
-            (b"x-penstock-route", exchange.route.encode("latin-1", "replace")),
-            (b"x-penstock-attempts", str(exchange.attempts).encode()),
+            (b"x-penstock-route", books.leg.route.encode("latin-1", "replace")),
+            (b"x-penstock-attempts", str(books.attempts).encode()),
             (b"x-penstock-cache", b"off"),
-            (b"x-penstock-overhead-ms", b"%.2f" % (exchange.overhead_us / 1000)),
+            (b"x-penstock-overhead-ms", b"%.2f" % (books.overhead_us / 1000)),
         ]
 
     if not request.stream:
         return WholeAnswer(
-            send, arrival.request_id, created=created, model=lambda: exchange.model, headers=headers, cut=cut
+            send, arrival.request_id, created=created, model=lambda: books.leg.model, headers=headers, cut=cut
         )
 
     def writer() -> EventWriter:
         return EventWriter(
             arrival.request_id,
             created=created,
-            model=exchange.model,
+            model=books.leg.model,
             include_usage=request.include_usage,
             obfuscate=request.include_obfuscation,
         )

@@ -21,8 +21,9 @@ from bus.publisher import Publisher
 from bus.queue import JobQueue
 from bus.streams import await_streams, ensure_streams
 from ingress.app import build_app
+from ingress.books import RECORD_FAILURE_WAIT_S
 from ingress.bootstrap import Setup, state_setup
-from ingress.exchange import RECORD_FAILURE_WAIT_S, Services
+from ingress.exchange import Services
 from ingress.fleet import Fleet
 from ingress.protocol import bounded_protocol
 from ingress.relay import Switchboard

@@ -1,0 +1,118 @@
+"""One attempt at a request, as its ingress sees it: its job in the queue or at a worker, what comes of it, and in what time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from bus.queue import JobQueue
+from ingress.policy.routing import Leg
+from ingress.relay import Switchboard
+from schemas.errors import FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout
+from schemas.frames import AnyFrame, Delta, Finished, LastFrame
+from schemas.ids import RouteId, WorkerId
+from schemas.jobs import Cancel, Job
+
+log = structlog.get_logger()
+
+
+class Attempt:
+    """From the publishing of *job* at *leg* to the last frame that is taken; whoever makes one closes it. Times are monotonic seconds.
+
+    *on_overflow* is called when its client takes less than comes.
+    """
+
+    def __init__(
+        self, job: Job, leg: Leg, *, queue: JobQueue, switchboard: Switchboard, on_overflow: Callable[[], None]
+    ) -> None:
+        self.job = job
+        self.leg = leg
+        self.relay = switchboard.open(job.nonce, on_overflow=on_overflow, on_doubt=self._queue_again)
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.heard_at = time.monotonic()
+        self.tokens = 0  # completion tokens in what came, as the worker counts them
+        self._queue = queue
+        self._switchboard = switchboard
+        self._job_seq: int | None = None
+        self._over = False  # its last frame was taken
+
+    @property
+    def epoch(self) -> int:
+        return self.job.epoch
+
+    @property
+    def route(self) -> RouteId:
+        return self.leg.route
+
+    @property
+    def worker(self) -> WorkerId | None:
+        """Who speaks in it."""
+        return self.relay.worker
+
+    async def publish(self) -> None:
+        """Raises: BacklogFull, BadRequest, QueueUnavailable."""
+        self._job_seq = await self._queue.publish(self.job)
+
+    async def take(self, until: float) -> list[AnyFrame]:
+        """The frames that wait; none when *until* comes first, or when the client has gone: then ``relay.gone`` says why.
+
+        Raises: WorkerLost or FrameGap after the frames that came before; QueueTimeout, FirstTokenTimeout or IdleTimeout.
+        """
+        frames = await self.relay.take(min(self._deadline(), until))
+        now = time.monotonic()
+        if frames:
+            self.heard_at = now
+            self._over = isinstance(frames[-1], LastFrame)
+        elif self.relay.gone is None and now >= self._deadline():
+            raise self._timeout()
+        return frames
+
+    def note_chunks(self, frame: Delta | Finished, *, now: float) -> None:
+        self.tokens += frame.tokens
+        if self.first_token_at is None and frame.chunks:
+            self.first_token_at = now
+
+    def stop(self, reason: str) -> None:
+        """Stops the work, wherever it is: on a worker, or still in the queue."""
+        if self._over:
+            return
+        if self.worker is not None:
+            self._switchboard.command(self.worker, Cancel(nonce=self.relay.nonce, reason=reason))
+        elif self._job_seq is not None:
+            self._switchboard.spawn(self._queue.withdraw(self._job_seq))
+
+    def close(self) -> None:
+        """Nobody will read any more of it."""
+        self._switchboard.close(self.relay)
+
+    def _deadline(self) -> float:
+        timeouts = self.job.timeouts
+        if self.started_at is None:
+            return self.heard_at + timeouts.queue_s
+        if self.first_token_at is None:
+            return self.started_at + timeouts.first_token_s
+        return self.heard_at + timeouts.idle_s
+
+    def _timeout(self) -> PenstockError:
+        if self.started_at is None:
+            return QueueTimeout()
+        return FirstTokenTimeout() if self.first_token_at is None else IdleTimeout()
+
+    def _queue_again(self) -> None:
+        """JOBS lives in memory: a NATS server that was restarted has forgotten the job. One that was not knows it by its id."""
+        if self._job_seq is not None:
+            self._switchboard.spawn(self._publish_again())
+
+    async def _publish_again(self) -> None:
+        try:
+            seq = await self._queue.publish(self.job)
+        except PenstockError as error:
+            log.debug("job_not_queued_again", request_id=self.job.request_id, error=error.message)
+            return  # its time-out will tell, or the next reconnect puts it in
+        if self.relay.closed:
+            await self._queue.withdraw(seq)
+        else:
+            self._job_seq = seq

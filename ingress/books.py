@@ -1,0 +1,242 @@
+"""The books of one request: what becomes known of it, and the events that say so."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import assert_never
+
+from bus.log import EventLog
+from ingress.attempt import Attempt
+from ingress.policy.routing import Leg, Plan
+from ingress.problems import CLIENT_LEFT_STATUS, problem_of
+from schemas.chat import ChatRequest
+from schemas.control import KeyStated
+from schemas.errors import BacklogFull, PenstockError
+from schemas.events import AttemptLost, AttemptStarted, RequestAccepted, RequestFinished
+from schemas.frames import Delta, Finished
+from schemas.ids import EventId, RequestId, new_id
+from schemas.money import Usage, cost
+
+RECORD_WAIT_S = 30.0  # how long an answer waits for the log before it becomes an error
+RECORD_FAILURE_WAIT_S = 1.0  # an error need not wait for its event: the log keeps it
+PROMPT_BYTES_PER_TOKEN = 4  # for an estimate, when no provider tells
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """When and as what a request came in. *at* is monotonic seconds; the event loop's own clock may count in milliseconds."""
+
+    request_id: RequestId
+    at: float
+    ns: int  # UTC
+
+    def since_us(self, at: float) -> int:
+        return int((at - self.at) * 1e6)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The provider finished."""
+
+    frame: Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Broke:
+    """It ended with an error."""
+
+    error: PenstockError
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The client didn't wait for the end."""
+
+    reason: str
+
+
+Ending = Done | Broke | Left
+
+
+class Books:
+    """Of one accepted request."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        arrival: Arrival,
+        request: ChatRequest,
+        *,
+        body_bytes: int,
+        principal: KeyStated,
+        plan: Plan,
+        prompt_hash: str,
+    ) -> None:
+        self.arrival = arrival
+        self.request = request
+        self.principal = principal
+        self.plan = plan
+        self.overhead_us = 0  # ours until the first chunk: all time but the provider's
+        self.delivered = False  # something reached the client
+        self._log = log
+        self._body_bytes = body_bytes
+        self._prompt_hash = prompt_hash
+        self._attempt: Attempt | None = None  # the present one
+        self._attempts = 0
+        self._accepted: asyncio.Future[None] | None = None
+        self._queue_us: int | None = None
+
+    @property
+    def attempts(self) -> int:
+        """How many there were until now."""
+        return self._attempts
+
+    @property
+    def leg(self) -> Leg:
+        """Of the present attempt."""
+        return self.plan.legs[0] if self._attempt is None else self._attempt.leg
+
+    def open(self) -> None:
+        """Appends the acceptance. Raises: LogUnavailable."""
+        if self._accepted is None:
+            self._accepted = self._log.append(self._accepted_event())
+
+    async def opened(self) -> None:
+        """Returns when the acceptance is durable. Raises: LogUnavailable if that takes longer than `RECORD_WAIT_S`."""
+        assert self._accepted is not None  # noqa: S101 - `open` comes first
+        await self._log.durable(self._accepted, within_s=RECORD_WAIT_S)
+
+    def note_attempt(self, attempt: Attempt) -> None:
+        """*attempt* is the present one from here on."""
+        self._attempt = attempt
+        self._attempts += 1
+
+    def note_started(self, attempt: Attempt, *, at: float) -> None:
+        """*at* is when Started came: it may have waited here for the acceptance to be on record."""
+        attempt.started_at = at
+        queue_us = self.arrival.since_us(at)
+        if self._queue_us is None:
+            self._queue_us = queue_us
+        assert attempt.worker is not None  # noqa: S101 - it said so
+        self._log.note(
+            AttemptStarted(
+                id=EventId(new_id()),
+                ts_ns=self.arrival.ns + queue_us * 1000,
+                org=self.principal.org,
+                request_id=self.arrival.request_id,
+                epoch=attempt.epoch,
+                producer=self._log.producer,
+                route=attempt.route,
+                worker=attempt.worker,
+                queue_us=queue_us,
+            )
+        )
+
+    def note_chunks(self, attempt: Attempt, frame: Delta | Finished, *, now: float) -> None:
+        if attempt.first_token_at is None and frame.chunks:
+            self.overhead_us = max(0, self.arrival.since_us(now) - frame.wait_us)
+        attempt.note_chunks(frame, now=now)
+
+    def note_lost(self, attempt: Attempt, error: PenstockError) -> None:
+        self._log.note(
+            AttemptLost(
+                id=EventId(new_id()),
+                ts_ns=time.time_ns(),
+                org=self.principal.org,
+                request_id=self.arrival.request_id,
+                epoch=attempt.epoch,
+                producer=self._log.producer,
+                route=attempt.route,
+                worker=attempt.worker,
+                code=error.code,
+            )
+        )
+
+    async def close(self, ending: Ending, *, began: bool) -> None:
+        """Records how the request ended; *began*: its status had been sent by then.
+
+        Raises: LogUnavailable if the event isn't durable in time.
+        """
+        match ending:
+            case Done(frame):
+                event = self._finished("completed", 200, usage=frame.usage or self.estimate(), frame=frame)
+                within_s = RECORD_WAIT_S
+            case Broke(error):
+                status = 200 if began else problem_of(error).status
+                kind = "rejected" if isinstance(error, BacklogFull) else "failed"
+                event = self._finished(kind, status, usage=self._spent(), code=error.code)
+                within_s = RECORD_FAILURE_WAIT_S
+            case Left(reason):
+                event = self._finished("cancelled", CLIENT_LEFT_STATUS, usage=self._spent(left=True), code=reason)
+                within_s = RECORD_WAIT_S
+            case _:
+                assert_never(ending)
+        await self._log.record(event, within_s=within_s)
+
+    def estimate(self) -> Usage:
+        prompt_tokens = max(1, len(self.request.messages_raw) // PROMPT_BYTES_PER_TOKEN)
+        tokens = 0 if self._attempt is None else self._attempt.tokens
+        return Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens)
+
+    def _spent(self, *, left: bool = False) -> Usage:
+        """What a request that did not complete has used.
+
+        Nothing if its work never began, or failed before it gave anything. A client that *left* pays for the prompt that a
+        worker had begun, and for what was delivered.
+        """
+        attempt = self._attempt
+        if attempt is None:
+            return Usage()
+        began = attempt.started_at is not None if left else self.delivered and attempt.tokens > 0
+        return self.estimate() if began else Usage()
+
+    def _accepted_event(self) -> RequestAccepted:
+        return RequestAccepted(
+            id=EventId(new_id()),
+            ts_ns=self.arrival.ns,
+            org=self.principal.org,
+            request_id=self.arrival.request_id,
+            producer=self._log.producer,
+            key_id=self.principal.key_id,
+            model=self.request.model,
+            plan=self.plan.routes,
+            stream=self.request.stream,
+            prompt_hash=self._prompt_hash,
+            body_bytes=self._body_bytes,
+            price=self.plan.legs[0].price,
+        )
+
+    def _finished(
+        self, status: str, http_status: int, *, usage: Usage, code: str | None = None, frame: Finished | None = None
+    ) -> RequestFinished:
+        attempt, leg = self._attempt, self.leg
+        first_token_at = None if attempt is None else attempt.first_token_at
+        return RequestFinished(
+            id=EventId(new_id()),
+            ts_ns=time.time_ns(),
+            org=self.principal.org,
+            request_id=self.arrival.request_id,
+            epoch=self._attempts,
+            producer=self._log.producer,
+            key_id=self.principal.key_id,
+            model=leg.model,
+            route=leg.route,
+            worker=None if attempt is None else attempt.worker,
+            status=status,
+            http_status=http_status,
+            code=code,
+            stream=self.request.stream,
+            accepted_ns=self.arrival.ns,
+            queue_us=self._queue_us,
+            first_token_us=None if first_token_at is None else self.arrival.since_us(first_token_at),
+            duration_us=self.arrival.since_us(time.monotonic()),
+            usage=usage,
+            estimated=usage.total_tokens > 0 and (frame is None or frame.usage is None),
+            price=leg.price,
+            cost_pico=cost(usage, leg.price),
+            attempts=self._attempts,
+            finish_reason=None if frame is None else frame.finish_reason,
+            prompt_hash=self._prompt_hash,
+        )
