@@ -69,7 +69,7 @@ class StreamedAnswer:
     async def fail(self, problem: Problem) -> None:
         """Before the first byte as a plain error; after it inside the stream, which then ends without ``[DONE]``."""
         if self.began:
-            await self._write([EventWriter.error_event(problem.body)], more=False)
+            await self._write([self._writer.error_event(problem.body)], more=False)
         else:
             self.began = True
             await send_problem(self._send, problem, self._headers())
