@@ -80,6 +80,8 @@ def make_batch(
                 opens.setdefault(row.request_id, row)
             case EndRow():
                 ends.setdefault(row.request_id, row)
+            case None:
+                pass
             case _:
                 rows.setdefault(type(row), []).append(row)
     rows[OpenRow] = [row for id_, row in opens.items() if id_ not in ends and id_ not in over]

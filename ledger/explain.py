@@ -15,6 +15,7 @@ from schemas.events import (
     RequestAccepted,
     RequestFinished,
     RequestRejected,
+    RequestReplayed,
 )
 from schemas.ids import RequestId, completion_id
 from schemas.money import Price, Usage, dollars
@@ -72,7 +73,7 @@ def _order(event: Event) -> tuple[int, int, int, int]:
     return place, event.epoch if place == 1 else 0, within, event.ts_ns
 
 
-def words(event: AnyEvent) -> str:
+def words(event: AnyEvent) -> str:  # noqa: PLR0911 - one for each kind
     """What *event* says, for people."""
     match event:
         case RequestAccepted():
@@ -91,6 +92,8 @@ def words(event: AnyEvent) -> str:
             return _receipt(event)
         case RequestFinished():
             return _finished(event)
+        case RequestReplayed():
+            return _replayed(event)
         case _:
             assert_never(event)
 
@@ -125,6 +128,12 @@ def _finished(event: RequestFinished) -> str:
     if event.finish_reason:
         parts.append(f"finish reason {event.finish_reason}")
     return "; ".join(parts)
+
+
+def _replayed(event: RequestReplayed) -> str:
+    when = "while it ran" if event.running else "after its end"
+    start = f"from event {event.after + 1} on" if event.after else "from the beginning"
+    return f"told again {when} ({event.by}), {start}{_of_key(event.key_id)}; costs nothing"
 
 
 def _summary(events: Sequence[Event]) -> str:

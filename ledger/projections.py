@@ -14,6 +14,7 @@ from schemas.events import (
     RequestAccepted,
     RequestFinished,
     RequestRejected,
+    RequestReplayed,
 )
 from schemas.money import Usage
 
@@ -22,8 +23,8 @@ Fact = OpenRow | EndRow | StartRow | LossRow | ReceiptRow
 _NOTHING = Usage()
 
 
-def fact(event: AnyEvent, position: int) -> Fact:
-    """What *event*, at *position* of EVENTS, states."""
+def fact(event: AnyEvent, position: int) -> Fact | None:  # noqa: PLR0911 - one for each kind
+    """What *event*, at *position* of EVENTS, states; None if the view ``events`` has all there is to it."""
     match event:
         case RequestFinished():
             return _finished(event, position)
@@ -76,6 +77,8 @@ def fact(event: AnyEvent, position: int) -> Fact:
                 worker=event.worker,
                 code=event.code,
             )
+        case RequestReplayed():
+            return None  # nothing was generated, and nothing is billed
         case _:
             assert_never(event)
 

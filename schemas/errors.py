@@ -6,10 +6,14 @@ PenstockError
 │   ├── Unauthorized             401  no key, or none that we know
 │   ├── Forbidden                403  the key's role doesn't reach this
 │   ├── NotFound                 404  no such model, key or path
+│   │   └── AnswerNotFound       404  no such request of this key, or its answer is not here
 │   ├── MethodNotAllowed         405
 │   ├── RequestTimeout           408  the body didn't arrive in time
 │   ├── BodyTooLarge             413
 │   ├── Conflict                 409  somebody else changed it first
+│   ├── AnswerNotKept            410  the request is over, but its answer is not kept any more
+│   ├── RequestCancelled         410  the request was cancelled because nobody was connected to it
+│   ├── IdempotencyKeyReused     422  the same Idempotency-Key with another body
 │   └── BacklogFull              429  too much of this org's work waits already
 ├── ServiceError                 we can't serve it now
 │   ├── NoLiveRoute              503  nobody serves the model at the moment
@@ -111,6 +115,30 @@ class Conflict(RequestError):
     """Somebody else changed it first; read it again and retry."""
 
     code = "conflict"
+
+
+class AnswerNotFound(NotFound):
+    """There is no such request of this key, or its answer is not kept here. It is kept for a short time, by one ingress only."""
+
+    code = "answer_not_found"
+
+
+class AnswerNotKept(RequestError):
+    """This request has been served, but its answer is not kept any more. Send it again with a new Idempotency-Key."""
+
+    code = "answer_not_kept"
+
+
+class RequestCancelled(RequestError):
+    """This request was cancelled, as nobody was connected to it any more. Send it again with a new Idempotency-Key."""
+
+    code = "request_cancelled"
+
+
+class IdempotencyKeyReused(RequestError):
+    """This Idempotency-Key was used for another request body. Use a new key for each new request."""
+
+    code = "idempotency_key_reused"
 
 
 class BacklogFull(RequestError):

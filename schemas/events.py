@@ -112,4 +112,21 @@ class RequestFinished(Event, frozen=True, kw_only=True, tag="request.finished"):
     hold_pico: int = 0  # the hold that this settles or releases
 
 
-AnyEvent = RequestAccepted | RequestRejected | AttemptStarted | AttemptLost | AttemptFinished | RequestFinished
+class RequestReplayed(Event, frozen=True, kw_only=True, tag="request.replayed"):
+    """What this request's client was told was told again: to a retry, or to a client whose connection broke. It costs nothing."""
+
+    key_id: KeyId
+    by: str  # how it was asked for: idempotency_key | last_event_id
+    running: bool  # whether the request was still under way
+    after: int = 0  # the events that the client had already
+
+
+AnyEvent = (
+    RequestAccepted
+    | RequestRejected
+    | AttemptStarted
+    | AttemptLost
+    | AttemptFinished
+    | RequestFinished
+    | RequestReplayed
+)

@@ -63,6 +63,13 @@ class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     keep_alive_comment_s: float = 15.0
     max_buffered_bytes: int = 8 * MIB  # frames of one stream that its client has not read yet
     drain_s: float = 30.0
+    resume_s: float = (
+        60.0  # a stream can be read on for so long after its end; so long may a request go on without its client
+    )
+    idempotency_s: float = 3600.0  # an answer with an Idempotency-Key is replayed for so long
+    max_kept_bytes: int = 128 * MIB  # of answers that may be read again, in memory
+    max_kept_answer_bytes: int = 8 * MIB  # of one of them
+    max_kept_answers: int = 16384
     timeouts: Timeouts = Timeouts()
 
 

@@ -15,6 +15,7 @@ from schemas.events import (
     RequestAccepted,
     RequestFinished,
     RequestRejected,
+    RequestReplayed,
 )
 from schemas.money import Price, Usage, cost
 
@@ -56,6 +57,11 @@ def accepted(request: int = 1, **changes: Any) -> RequestAccepted:
 def rejected(request: int = 1, **changes: Any) -> RequestRejected:
     usual = {"key_id": "key_1", "model": "m", "code": "backlog_full", "http_status": 429}
     return RequestRejected(**{**_envelope(request, 1), **usual, **changes})
+
+
+def replayed(request: int = 1, **changes: Any) -> RequestReplayed:
+    usual = {"key_id": "key_1", "by": "idempotency_key", "running": False}
+    return RequestReplayed(**{**_envelope(request, 60), **usual, **changes})
 
 
 def started(request: int = 1, **changes: Any) -> AttemptStarted:

@@ -39,6 +39,13 @@ def test_an_event_that_is_stored_already_is_left_out() -> None:
     assert [row.kind for row in batch.rows[EventRow]] == ["attempt.started", "attempt.finished", "request.finished"]
 
 
+def test_what_was_told_again_is_stored_and_changes_nothing_of_its_request() -> None:
+    batch = batch_of(samples.page(samples.replayed(running=True), *samples.whole(), samples.replayed()))
+    assert [row.kind for row in batch.rows[EventRow]].count("request.replayed") == 2
+    assert len(batch.rows[EndRow]) == 1
+    assert batch_of(samples.page(samples.replayed())).rows.keys() == {EventRow}
+
+
 def test_a_request_that_begins_and_ends_in_one_batch_was_never_open() -> None:
     batch = batch_of(samples.page(*samples.whole()))
     assert OpenRow not in batch.rows

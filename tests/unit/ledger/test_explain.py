@@ -56,6 +56,15 @@ def test_a_rejected_request_has_its_reason() -> None:
     assert life.moments[0].text == "rejected with 401 invalid_api_key, no known key"
 
 
+def test_what_was_told_again_is_told() -> None:
+    joined = samples.replayed(running=True, after=3, by="last_event_id")
+    life = tell(ID, [*samples.whole(), joined, samples.replayed()])
+    assert life.summary.startswith("completed")
+    texts = [moment.text for moment in life.moments]
+    assert "told again while it ran (last_event_id), from event 4 on, key key_1; costs nothing" in texts
+    assert "told again after its end (idempotency_key), from the beginning, key key_1; costs nothing" in texts
+
+
 def test_a_failure_has_its_code() -> None:
     failed = samples.receipt(outcome="failed", code="upstream_error", upstream_status=500, usage=None, tokens_sent=3)
     life = tell(ID, [failed, samples.finished(status="failed", http_status=502, code="upstream_error", estimated=True)])
