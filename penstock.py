@@ -198,7 +198,13 @@ def _commands(
         ),
         *(
             # One of them looks for the machine's model servers: they are there once.
-            command(role, "worker", *(() if role == "worker" else ("--no-discover",)), stop_wait_s=worker_stop_wait_s)
+            command(
+                role,
+                "worker",
+                *(() if role == "worker" else ("--no-discover",)),
+                environ={"PENSTOCK_WORKER_RUN_FOLDER": str(run / role)},
+                stop_wait_s=worker_stop_wait_s,
+            )
             for role in workers
         ),
         command("ledger", "ledger", "--fd", str(ledger.fileno()), pass_fds=(ledger.fileno(),)),

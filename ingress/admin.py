@@ -109,6 +109,7 @@ class Admin:
                 "state": f"down: {offer.down}" if offer.down else presence.state.value,
                 "slots": offer.slots,
                 "free": offer.free,
+                "engine": None if offer.engine is None else msgspec.structs.asdict(offer.engine),
             }
             for presence in self._fleet.workers()
             for offer in presence.routes
@@ -123,6 +124,7 @@ class Admin:
                 "state": "no worker",
                 "slots": 0,
                 "free": 0,
+                "engine": None,
             }
             for route in self._control.state.routes.values()
             if route.route not in served and not route.removed

@@ -122,8 +122,11 @@ def routes(home: str | None) -> None:
     """Show the routes: who serves what, and how many slots are free."""
     rows = call(home, "GET", "/admin/v1/routes")["data"]
     columns = ["route", "provider", "models", "worker", "state", "slots", "free"]
-    cells = [[", ".join(row["models"]) if c == "models" else row[c] for c in columns] for row in rows]
-    print_table(columns, cells)
+    cells = [
+        [*(", ".join(row["models"]) if c == "models" else row[c] for c in columns), _engine(row["engine"])]
+        for row in rows
+    ]
+    print_table([*columns, "engine"], cells)
 
 
 @click.command(epilog="Example: penstock models")
@@ -132,6 +135,18 @@ def models(home: str | None) -> None:
     """List the models that are served now."""
     rows = call(home, "GET", "/v1/models")["data"]
     print_table(["id", "owned_by"], [[row["id"], row["owned_by"]] for row in rows])
+
+
+def _engine(stats: dict[str, Any] | None) -> str | None:
+    """What a model server says of itself, in a few words."""
+    if stats is None:
+        return None
+    told = [f"{stats['running']} running", f"{stats['waiting']} waiting"]
+    if stats["cache_used"] is not None:
+        told.append(f"cache {stats['cache_used']:.0%} full")
+    if stats["prefix_asked"]:
+        told.append(f"{stats['prefix_found'] / stats['prefix_asked']:.0%} of prompts from cache")
+    return ", ".join(told)
 
 
 def call(home: str | None, method: str, path: str, body: object = None) -> Any:

@@ -8,6 +8,7 @@ from msgspec import Meta, Struct
 
 from schemas.control import Role
 from schemas.ids import KeyId, OrgId, RouteId, WorkerId
+from schemas.jobs import EngineStats
 
 DEFAULT_ORG = OrgId("default")
 NAME_MAX_CHARS = 200
@@ -65,6 +66,7 @@ class ServedRoute(Struct, frozen=True, kw_only=True):
     state: str
     slots: int
     free: int
+    engine: EngineStats | None  # what the model server says of itself, where it does
 
 
 class RouteList(Struct, frozen=True, kw_only=True):

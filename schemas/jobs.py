@@ -120,6 +120,16 @@ class ModelOffer(Struct, frozen=True, kw_only=True):
     fingerprint: ModelFingerprint | None = None
 
 
+class EngineStats(Struct, frozen=True, kw_only=True):
+    """What a model server said of itself when it was last asked. Tokens are counted from its start."""
+
+    running: int
+    waiting: int
+    cache_used: float | None = None  # of its memory for keys and values, 0 to 1
+    prefix_asked: int | None = None  # prompt tokens that were looked for in the prefix cache
+    prefix_found: int | None = None
+
+
 class RouteOffer(Struct, frozen=True, kw_only=True):
     route: RouteId
     provider: str
@@ -127,6 +137,7 @@ class RouteOffer(Struct, frozen=True, kw_only=True):
     slots: int
     free: int
     down: str | None = None  # why no job is taken at the moment
+    engine: EngineStats | None = None  # where the model server tells
 
 
 class WorkerState(StrEnum):

@@ -25,6 +25,7 @@ from schemas.money import FREE, UNKNOWN, Price, micro_per_million
 from schemas.providers import KnownProvider, known_at, known_price, known_providers, same_address
 
 MIB = 1024 * 1024
+SLOTS_DEFAULT = 64  # of a route
 
 
 LOCAL_ADDRESSES = (  # where model servers listen unless they are told otherwise
@@ -81,6 +82,9 @@ class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     max_kept_bytes: int = 8 * MIB  # frames of one attempt kept for a resend
     max_response_bytes: int = 64 * MIB  # a provider's answer without streaming
     max_event_bytes: int = 8 * MIB  # one event of a provider's stream
+    run_folder: str | None = (
+        None  # sockets and logs of engines; None: a folder of their own, which the system may sweep
+    )
     discover: bool | None = None  # look for model servers on this machine; default: where no route is configured
     discover_addresses: tuple[str, ...] = LOCAL_ADDRESSES
 
@@ -137,11 +141,16 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     base_url: str | None = None
     api_keys: tuple[str, ...] = ()
     headers: dict[str, str] = {}  # sent with every request, beside the key
-    max_concurrency: int = 64
+    max_concurrency: int | None = None  # attempts at once; None: what the provider says, else `SLOTS_DEFAULT`
     models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
     vllm: VllmSettings = VllmSettings()
+
+    @property
+    def slots(self) -> int:
+        """Attempts at once, where the provider itself doesn't know better."""
+        return SLOTS_DEFAULT if self.max_concurrency is None else self.max_concurrency
 
 
 class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -356,7 +365,7 @@ def _check(settings: Settings, config: Path | None) -> None:
         for header in route.headers.items():
             if not all(text.isascii() and text.isprintable() for text in header) or not header[0]:
                 raise SetupError(f"{config}: route {route.id!r}: no header can be {header[0]!r} with that value")
-        if not 0 < route.max_concurrency <= 100_000:
+        if not 0 < route.slots <= 100_000:
             raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")
     for address in settings.worker.discover_addresses:
         host, _, port = address.rpartition(":")

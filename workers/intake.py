@@ -86,6 +86,15 @@ class Intake:
         elif self._pool:
             self._owe(puller)
 
+    def resized(self, more: int) -> None:
+        """There are so many *more* slots than before; fewer, if it is negative."""
+        self._slots += more
+        if self._pool:
+            self.freed()
+            return
+        for puller in self._pullers.values():
+            puller.grant(more)
+
     def freed(self) -> None:
         """A slot is free again."""
         owed = self._owed if self._pool else set(self._pullers.values())

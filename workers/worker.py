@@ -68,8 +68,8 @@ class Route:
         self.id = settings.id
         self.provider = provider
         self.models = models
-        self.slots = settings.max_concurrency
-        self.free = settings.max_concurrency
+        self.slots = settings.slots
+        self.free = settings.slots
         self.pool = pool
         self.intake: Intake | None = None
         self.idle = asyncio.Event()
@@ -84,6 +84,13 @@ class Route:
         self.free += 1
         if self.free == self.slots:
             self.idle.set()
+
+    def resize(self, slots: int) -> None:
+        """Room for so many attempts from now on. With fewer than run, none is taken until enough have ended."""
+        more, self.slots = slots - self.slots, slots
+        self.free += more
+        if self.intake is not None:
+            self.intake.resized(more)
 
     def names(self) -> tuple[str, ...]:
         return tuple(model.name for model in self.models)
@@ -100,6 +107,7 @@ class Route:
             slots=self.slots,
             free=max(0, self.free),
             down=self.down,
+            engine=self.provider.stats(),
         )
 
 
@@ -236,7 +244,10 @@ class Worker:
         """The route can't serve, for *reason*, or can again: it pulls or doesn't, and every ingress hears of it at once."""
         if route.down == reason:
             return
-        log.info("route_down" if reason else "route_up", route=route.id, reason=reason)
+        slots = route.provider.slots() if reason is None else None
+        if slots is not None and slots != route.slots:
+            route.resize(slots)
+        log.info("route_down" if reason else "route_up", route=route.id, reason=reason, slots=route.slots)
         route.down = reason
         if route.intake is not None:
             (route.intake.pause if reason else route.intake.resume)()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
+import re
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +26,9 @@ BACKOFF_MIN_S = 1.0
 BACKOFF_MAX_S = 60.0
 STEADY_AFTER_S = 120.0  # an engine that ran this long begins again with the shortest back-off
 NOT_UP = "The engine is not up."
+NAME_MAX_CHARS = 60  # of an engine, in the names of its files
+HASH_DIGITS = 16
+SOCKET_PATH_MAX_BYTES = 103  # 107 on Linux, 103 on macOS
 SETTLED = (Phase.READY, Phase.STOPPED, Phase.FAILED)
 
 Healthy = Callable[[], Awaitable[bool]]
@@ -201,9 +207,23 @@ class Engine:
                 waiting.set_result(None) if fault is None else waiting.set_exception(fault)
 
 
-def socket_path(name: str) -> Path:
-    """A short path for a Unix socket (they may have 107 bytes), in a folder that is ours alone."""
-    return Path(tempfile.mkdtemp(prefix="penstock-")) / f"{name[:20]}.sock"
+def engine_files(name: str, run_folder: str | None) -> tuple[Path, Path]:
+    """Where the socket and the log of the engine *name* are: in *run_folder*, or in a new folder that is ours alone.
+
+    A socket's path has a limit; where that of the run folder is over it, the socket is elsewhere and the log stays.
+    """
+    short = name if len(name) <= NAME_MAX_CHARS else hashlib.sha256(name.encode()).hexdigest()[:HASH_DIGITS]
+    plain = re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"={ord(found[0]):x}", short)
+    folder = Path(run_folder) if run_folder is not None else _own_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    socket = folder.absolute() / f"{plain}.sock"
+    if len(os.fsencode(socket)) > SOCKET_PATH_MAX_BYTES:
+        socket = _own_folder() / "engine.sock"
+    return socket, folder.absolute() / f"{plain}.log"
+
+
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="penstock-"))
 
 
 def _reason(phase: Phase) -> str:

@@ -29,7 +29,7 @@ class LocalServer(OpenAI):
 
     def __init__(self, route: RouteSettings, settings: WorkerSettings, *, on_refused: Callable[[], None]) -> None:
         assert route.base_url is not None  # noqa: S101 - it was found there
-        super().__init__(route.base_url, max_concurrency=route.max_concurrency + 1, settings=settings)  # one for checks
+        super().__init__(route.base_url, max_concurrency=route.slots + 1, settings=settings)  # one for checks
         self._route = route
         self._on_refused = on_refused
         self._tell: Tell = lambda _: None

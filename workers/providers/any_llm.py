@@ -33,7 +33,7 @@ from schemas.jobs import Job, ModelFingerprint
 from schemas.providers import KnownProvider
 from schemas.settings import RouteSettings, WorkerSettings, completed
 from workers.providers.any_llm_bodies import Answers, question
-from workers.providers.base import Chunk, Tell
+from workers.providers.base import Chunk, Provider, Tell
 from workers.providers.openai import address, first_key
 from workers.providers.openai_chunks import ChunkReader
 from workers.providers.openai_faults import complaint_of, refusal, refusal_inside, retry_after_s
@@ -50,7 +50,7 @@ T = TypeVar("T")
 _opened: ContextVar[list[httpx.Response]] = ContextVar("opened")
 
 
-class OwnWire:
+class OwnWire(Provider):
     def __init__(
         self, known: KnownProvider, route: RouteSettings, *, key: str | None, settings: WorkerSettings
     ) -> None:
@@ -217,7 +217,7 @@ async def _note(response: httpx.Response) -> None:
 
 
 def _http_client(route: RouteSettings, settings: WorkerSettings) -> httpx.AsyncClient:
-    most = route.max_concurrency
+    most = route.slots
     return httpx.AsyncClient(
         headers={"Accept-Encoding": "identity", "User-Agent": "penstock", **route.headers},
         limits=httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=KEEP_ALIVE_S),

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from schemas.jobs import Job, ModelFingerprint
+from schemas.jobs import EngineStats, Job, ModelFingerprint
 from schemas.money import Usage
 
 
@@ -60,6 +60,14 @@ class Provider(Protocol):
 
     def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
         """What exactly answers under the public name *model*, where that is known."""
+        return None
+
+    def slots(self) -> int | None:
+        """How many attempts it has room for, where it knows and nobody configured it. Asked whenever it says that it can serve."""
+        return None
+
+    def stats(self) -> EngineStats | None:
+        """What its model server last said of itself, where it does."""
         return None
 
     def attach(self, tell: Tell) -> None:  # noqa: ARG002

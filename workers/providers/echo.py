@@ -15,7 +15,7 @@ import msgspec
 from schemas.jobs import Job, ModelFingerprint
 from schemas.money import Usage
 from schemas.settings import ModelSettings, RouteSettings
-from workers.providers.base import Chunk, Tell
+from workers.providers.base import Chunk, Provider, Tell
 from workers.providers.echo_answer import Answer, Call, Request, answer, read
 
 BREATH_EVERY_CHUNKS = 32  # at full speed, other tasks get their turn this often
@@ -27,7 +27,7 @@ _TAIL = b'],"system_fingerprint":' + _json(FINGERPRINT) + b"}"
 Delta = tuple[bytes, int, bytes]  # a delta as JSON, its tokens, its logprobs as JSON
 
 
-class Echo:
+class Echo(Provider):
     """Says what it was told. *tokens_per_s* is the pace of each stream, 0 for no limit; *delay_s* comes first."""
 
     name = "echo"

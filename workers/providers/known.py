@@ -27,7 +27,7 @@ class Known(OpenAI):
             route.models,
             key=key,
             headers=route.headers,
-            max_concurrency=route.max_concurrency,
+            max_concurrency=route.slots,
             settings=settings,
         )
         self.name = route.provider

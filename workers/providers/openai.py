@@ -18,7 +18,7 @@ from msgspec import Raw, Struct
 from schemas.errors import ProviderNonsense, ProviderRejected, SetupError
 from schemas.jobs import Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings, secret
-from workers.providers.base import Chunk, Tell
+from workers.providers.base import Chunk, Provider, Tell
 from workers.providers.openai_chunks import ChunkReader
 from workers.providers.openai_faults import complaint, refusal, refusal_inside, retry_after_s
 from workers.providers.patience import Patience
@@ -55,7 +55,7 @@ _models = msgspec.json.Decoder(_Models).decode
 _encode = msgspec.json.encode
 
 
-class OpenAI:
+class OpenAI(Provider):
     name = "openai"
 
     def __init__(
@@ -89,7 +89,7 @@ class OpenAI:
             route.models,
             key=key,
             headers=route.headers,
-            max_concurrency=route.max_concurrency,
+            max_concurrency=route.slots,
             settings=settings,
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import shutil
 import sys
 import time
@@ -25,7 +24,7 @@ from msgspec import Raw
 from schemas.errors import Fault, ProviderRejected, SetupError
 from schemas.jobs import Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
-from workers.engine.engine import Engine, EngineCommand, socket_path
+from workers.engine.engine import Engine, EngineCommand, engine_files
 from workers.engine.fingerprint import fingerprint_of
 from workers.providers.base import Chunk, Tell
 from workers.providers.openai import OpenAI, address, first_key, rewritten
@@ -92,17 +91,17 @@ class Vllm(OpenAI):
                 route.models,
                 served=served,
                 key=first_key(route),
-                max_concurrency=route.max_concurrency,
+                max_concurrency=route.slots,
                 settings=settings,
             )
-        socket = socket_path(re.sub(r"[^A-Za-z0-9_-]", "-", route.id))
-        command = _serve_command(route, served, socket)
+        socket, log_file = engine_files(route.id, settings.run_folder)
+        command = _serve_command(route, served, socket, log_file)
         engine = Engine(command, healthy=_Health(socket), start_timeout_s=route.vllm.start_timeout_s)
         return cls(
             ENGINE_URL,
             route.models,
             served=served,
-            max_concurrency=route.max_concurrency,
+            max_concurrency=route.slots,
             settings=settings,
             engine=engine,
             socket=socket,
@@ -247,7 +246,7 @@ class _Health:
             return False
 
 
-def _serve_command(route: RouteSettings, served: str, socket: Path) -> EngineCommand:
+def _serve_command(route: RouteSettings, served: str, socket: Path, log_file: Path) -> EngineCommand:
     """`vllm serve`, with what a worker needs said first and the operator's flags last, where they win."""
     command = _vllm_command(route)
     gpus = [gpu for gpu in (route.vllm.gpus or "").split(",") if gpu]
@@ -260,13 +259,13 @@ def _serve_command(route: RouteSettings, served: str, socket: Path) -> EngineCom
             served,
             *("--uds", str(socket)),
             *("--served-model-name", *(model.upstream_name for model in route.models)),
-            *("--max-num-seqs", str(route.max_concurrency)),
+            *("--max-num-seqs", str(route.slots)),
             "--disable-uvicorn-access-log",
             *parallel,
             *route.vllm.args,
         ),
         socket=socket,
-        log_file=socket.with_suffix(".log"),
+        log_file=log_file,
         environ={
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import uvloop
 from schemas.errors import ProviderUnreachable
 from tests.integration.engine.conftest import FAKE, Make, processes_of, runs
 from tests.waiting import eventually
-from workers.engine.engine import Engine, EngineCommand
+from workers.engine.engine import SOCKET_PATH_MAX_BYTES, Engine, EngineCommand, engine_files
 from workers.engine.phases import Phase
 from workers.providers.vllm import _Health
 
@@ -182,7 +184,7 @@ async def test_flags_of_the_operators_reach_the_engine(make: Make) -> None:
 OWNER = """\
 import asyncio, sys
 from pathlib import Path
-from workers.engine.engine import Engine, EngineCommand
+from workers.engine.engine import SOCKET_PATH_MAX_BYTES, Engine, EngineCommand, engine_files
 
 async def healthy():
     return False
@@ -226,7 +228,7 @@ def test_an_engine_lives_on_the_loop_of_the_workers_too(tmp_path: Path) -> None:
         before = processes_of(socket_file)
         next(p for p in before if "guard.py" not in " ".join(p.cmdline())).kill()
         await eventually(lambda: not any(runs(process) for process in before), what="the end of all three")
-        assert told[-1] == "the engine stopped; it is started again in 0.05 s"
+        assert "the engine stopped; it is started again in 0.05 s" in told
         await eventually(lambda: engine.is_ready, timeout_s=10, what="it is ready again")
         await engine.unload()
         await engine.need()
@@ -234,3 +236,26 @@ def test_an_engine_lives_on_the_loop_of_the_workers_too(tmp_path: Path) -> None:
         assert processes_of(socket_file) == []
 
     uvloop.run(live())
+
+
+def test_an_engines_files_are_in_the_folder_that_is_named(tmp_path: Path) -> None:
+    socket_file, log_file = engine_files("Qwen/Qwen3-0.6B", str(tmp_path / "run"))
+    assert socket_file == tmp_path / "run" / "Qwen=2fQwen3-0.6B.sock"
+    assert log_file == socket_file.with_suffix(".log")
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+
+
+def test_engines_of_one_folder_never_share_a_file(tmp_path: Path) -> None:
+    names = ("a/b", "a-b", "a=2fb", "m" * 200, "m" * 199 + "n")
+    found = [path for name in names for path in engine_files(name, str(tmp_path))]
+    assert len(set(found)) == 2 * len(names)
+
+
+def test_a_socket_whose_path_would_be_too_long_is_elsewhere_and_can_be_bound(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)
+    socket_file, log_file = engine_files("m", str(deep))
+    assert log_file.parent == deep
+    assert len(os.fsencode(socket_file)) <= SOCKET_PATH_MAX_BYTES
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(socket_file))
+    shutil.rmtree(socket_file.parent)

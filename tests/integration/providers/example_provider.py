@@ -26,7 +26,7 @@ class Lines(Provider):
     name = "lines"
 
     def __init__(self, route: RouteSettings, settings: WorkerSettings) -> None:
-        self._upstream = Upstream(route.base_url or "", {}, max_concurrency=route.max_concurrency, settings=settings)
+        self._upstream = Upstream(route.base_url or "", {}, max_concurrency=route.slots, settings=settings)
         self._settings = settings
 
     async def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:

@@ -22,7 +22,7 @@ from schemas import codec, subjects
 from schemas.events import AttemptFinished
 from schemas.frames import AnyFrame, Delta, Finished, Started
 from schemas.ids import IngressId, Nonce, RouteId, WorkerId, new_name
-from schemas.jobs import Cancel, Command, Job, Lane, Presence
+from schemas.jobs import Cancel, Command, EngineStats, Job, Lane, Presence
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
 from tests.factories import new_job
 from workers.providers.base import Chunk, Tell
@@ -47,6 +47,8 @@ class Fake:
         self.taken: list[Nonce] = []
         self.ended_at: dict[Nonce, float] = {}
         self.tell: Tell = lambda _: None
+        self.room: int | None = None
+        self.said: EngineStats | None = None
         self._behave = behave or answers
 
     def upstream_model(self, model: str) -> str:
@@ -68,6 +70,12 @@ class Fake:
 
     def fingerprint(self, _: str) -> None:
         return None
+
+    def slots(self) -> int | None:
+        return self.room
+
+    def stats(self) -> EngineStats | None:
+        return self.said
 
     def attach(self, tell: Tell) -> None:
         self.tell = tell
