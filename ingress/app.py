@@ -38,7 +38,7 @@ def build_app(
     fleet: Fleet,
     settings: IngressSettings,
 ) -> ASGIApp:
-    chat = ChatCompletions(services, control=control, fleet=fleet, settings=settings)
+    chat = ChatCompletions(services, control=control, settings=settings)
     models = Models(control, fleet)
     admin = Admin(control, fleet, producer=services.log.producer)
     health = Health(connection, fleet)

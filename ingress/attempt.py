@@ -8,8 +8,8 @@ from collections.abc import Callable
 import structlog
 
 from bus.queue import JobQueue
-from ingress.policy.routing import Leg
 from ingress.relay import Switchboard
+from ingress.trip import Trip
 from schemas.errors import FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout
 from schemas.frames import AnyFrame, Delta, Finished, LastFrame
 from schemas.ids import RouteId, WorkerId
@@ -19,16 +19,17 @@ log = structlog.get_logger()
 
 
 class Attempt:
-    """From the publishing of *job* at *leg* to the last frame that is taken; whoever makes one closes it. Times are monotonic seconds.
+    """From the publishing of *job* for its *trip* to the last frame that is taken; whoever makes one closes it.
 
-    *on_overflow* is called when its client takes less than comes.
+    Times are monotonic seconds. *on_overflow* is called when its client takes less than comes.
     """
 
     def __init__(
-        self, job: Job, leg: Leg, *, queue: JobQueue, switchboard: Switchboard, on_overflow: Callable[[], None]
+        self, job: Job, trip: Trip, *, queue: JobQueue, switchboard: Switchboard, on_overflow: Callable[[], None]
     ) -> None:
         self.job = job
-        self.leg = leg
+        self.trip = trip
+        self.leg = trip.leg
         self.relay = switchboard.open(job.nonce, on_overflow=on_overflow, on_doubt=self._queue_again)
         self.started_at: float | None = None
         self.first_token_at: float | None = None
@@ -74,6 +75,7 @@ class Attempt:
         self.tokens += frame.tokens
         if self.first_token_at is None and frame.chunks:
             self.first_token_at = now
+            self.trip.spoke()
 
     def stop(self, reason: str) -> None:
         """Stops the work, wherever it is: on a worker, or still in the queue."""
@@ -87,6 +89,7 @@ class Attempt:
     def close(self) -> None:
         """Nobody will read any more of it."""
         self._switchboard.close(self.relay)
+        self.trip.ended(self.tokens)
 
     def _deadline(self) -> float:
         timeouts = self.job.timeouts

@@ -17,8 +17,6 @@ from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, end_bod
 from ingress.auth import authenticate
 from ingress.books import RECORD_FAILURE_WAIT_S, Arrival, Books
 from ingress.exchange import Exchange, Services
-from ingress.fleet import Fleet
-from ingress.policy.routing import plan
 from ingress.problems import CLIENT_LEFT_STATUS, Problem, problem_of
 from ingress.protocol import cut_of
 from ingress.sse import EventWriter
@@ -62,10 +60,9 @@ class Visit:
 class ChatCompletions:
     """The endpoint, as a plain ASGI application."""
 
-    def __init__(self, services: Services, *, control: ControlFeed, fleet: Fleet, settings: IngressSettings) -> None:
+    def __init__(self, services: Services, *, control: ControlFeed, settings: IngressSettings) -> None:
         self._services = services
         self._control = control
-        self._fleet = fleet
         self._settings = settings
         self._running = 0
 
@@ -103,20 +100,13 @@ class ChatCompletions:
         visit.request = request = decode_request(body)
         if not self._services.queue.is_up:
             raise QueueUnavailable
-        routes = plan(
-            request.model,
-            offers=self._fleet.offers(request.model),
-            stated=self._control.state.routes,
-            known=self._fleet.knows(request.model),
-            why_not=self._fleet.why_not,
-        )
         books = Books(
             self._services.log,
             visit.arrival,
             request,
             body_bytes=len(body),
             principal=principal,
-            plan=routes,
+            plan=self._services.router.plan(request),
             prompt_hash=prompt_hash(principal.org, request.messages_raw),
         )
         return Exchange(self._services, books, body=body)

@@ -19,6 +19,7 @@ from ingress.books import Books, Broke, Done, Ending, Left
 from ingress.policy.routing import Leg
 from ingress.problems import fault_of, problem_of
 from ingress.relay import Switchboard
+from ingress.router import Router
 from ingress.sse import usage_json
 from schemas.errors import (
     LogUnavailable,
@@ -45,6 +46,7 @@ class Services:
     log: EventLog
     queue: JobQueue
     switchboard: Switchboard
+    router: Router
     timeouts: Timeouts
     keep_alive_comment_s: float
 
@@ -92,6 +94,7 @@ class Exchange:
                 return await self._follow(attempt)
             except PenstockError as broke:
                 error = broke
+                attempt.trip.failed(broke)
             finally:
                 attempt.close()
             if attempt.relay.gone is not None:
@@ -105,7 +108,7 @@ class Exchange:
         leg = legs[self.books.attempts % len(legs)]
         self._attempt = attempt = Attempt(
             self._job(leg),
-            leg,
+            self._s.router.begin(leg, stream=self.books.request.stream),
             queue=self._s.queue,
             switchboard=self._s.switchboard,
             on_overflow=self._give_up,

@@ -27,6 +27,7 @@ from ingress.exchange import Services
 from ingress.fleet import Fleet
 from ingress.protocol import bounded_protocol
 from ingress.relay import Switchboard
+from ingress.router import Router
 from schemas.errors import SetupError
 from schemas.ids import IngressId
 from schemas.local import write_private
@@ -77,6 +78,7 @@ async def run_ingress(
         log=event_log,
         queue=JobQueue(connection, publisher),
         switchboard=switchboard,
+        router=Router(fleet, control, settings.routing),
         timeouts=settings.ingress.timeouts,
         keep_alive_comment_s=settings.ingress.keep_alive_comment_s,
     )

@@ -74,6 +74,13 @@ class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     timeouts: Timeouts = Timeouts()
 
 
+class RoutingSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """In which order an ingress tries the routes of a model, and how long it leaves one alone after a fault."""
+
+    cooldown_s: float = 1.0  # the first time; each further one is twice as long
+    cooldown_max_s: float = 60.0
+
+
 class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     drain_s: float = 30.0
     connect_timeout_s: float = 10.0
@@ -157,13 +164,14 @@ class Settings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     home: str | None = None
     nats: NatsSettings = NatsSettings()
     ingress: IngressSettings = IngressSettings()
+    routing: RoutingSettings = RoutingSettings()
     worker: WorkerSettings = WorkerSettings()
     ledger: LedgerSettings = LedgerSettings()
     up: UpSettings = UpSettings()
     routes: tuple[RouteSettings, ...] = ()
 
 
-SECTIONS = ("nats", "ingress", "worker", "ledger", "up")
+SECTIONS = ("nats", "ingress", "routing", "worker", "ledger", "up")
 
 
 def load(config: Path | None, environ: Mapping[str, str] | None = None, **flags: Mapping[str, Any]) -> Settings:

@@ -78,7 +78,7 @@ def test_every_variable_in_the_pages_is_read_by_the_code() -> None:
     found = {
         name for path in PAGES for name in re.findall(r"\bPENSTOCK_[A-Z_]*[A-Z]\b", path.read_text(encoding="utf-8"))
     }
-    sections = {name for name in found if re.match(r"PENSTOCK_(NATS|INGRESS|WORKER|LEDGER|UP)_(?!URL$)", name)}
+    sections = {name for name in found if re.match(r"PENSTOCK_(NATS|INGRESS|ROUTING|WORKER|LEDGER|UP)_(?!URL$)", name)}
     assert {"PENSTOCK_NATS_REPLICAS", "PENSTOCK_INGRESS_PORT"} <= sections
     load(None, dict.fromkeys(sections, "3"))
     code = "".join(path.read_text(encoding="utf-8") for path in sources())

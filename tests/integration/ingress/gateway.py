@@ -26,11 +26,19 @@ from ingress.exchange import Services
 from ingress.fleet import LOST_AFTER_S, Fleet
 from ingress.protocol import WRITE_TIMEOUT_S, bounded_protocol
 from ingress.relay import Switchboard
+from ingress.router import Router
 from schemas.control import Role
 from schemas.ids import IngressId, RouteId, WorkerId, new_name
 from schemas.jobs import Timeouts
 from schemas.money import Price
-from schemas.settings import IngressSettings, ModelSettings, NatsSettings, RouteSettings, WorkerSettings
+from schemas.settings import (
+    IngressSettings,
+    ModelSettings,
+    NatsSettings,
+    RouteSettings,
+    RoutingSettings,
+    WorkerSettings,
+)
 from tests.mock_provider import MockProvider
 from tests.waiting import eventually
 from workers.providers import make_provider
@@ -171,6 +179,7 @@ async def ingress_up(
     *,
     settings: IngressSettings,
     routes: tuple[RouteSettings, ...] = (),
+    routing: RoutingSettings | None = None,
     write_timeout_s: float = WRITE_TIMEOUT_S,
     lost_after_s: float = LOST_AFTER_S,
 ) -> AsyncIterator[IngressUnderTest]:
@@ -196,6 +205,7 @@ async def ingress_up(
         log=log,
         queue=JobQueue(connection, publisher),
         switchboard=switchboard,
+        router=Router(fleet, control, routing or RoutingSettings()),
         timeouts=settings.timeouts,
         keep_alive_comment_s=settings.keep_alive_comment_s,
     )

@@ -13,6 +13,7 @@ from ingress.chat import ChatCompletions
 from ingress.exchange import Services
 from ingress.fleet import Fleet
 from ingress.relay import Relay, Switchboard
+from ingress.router import Router
 from schemas import codec
 from schemas.control import ControlState, KeyStated, Role
 from schemas.errors import LogUnavailable, PenstockError
@@ -21,7 +22,7 @@ from schemas.frames import AnyFrame, Delta, Finished, Started
 from schemas.ids import EventId, IngressId, KeyId, OrgId, RouteId, WorkerId
 from schemas.jobs import Job, ModelOffer, Presence, RouteOffer, Timeouts, WorkerState
 from schemas.money import Price
-from schemas.settings import IngressSettings
+from schemas.settings import IngressSettings, RoutingSettings
 from tests.waiting import eventually
 
 KEY = "sk-test-0123456789abcdef"
@@ -219,18 +220,19 @@ class Bench:
         self.fleet = Fleet(self.wall)  # type: ignore[arg-type]
         self.fleet.on_lost(self.switchboard.lose)
         self._routes = routes
+        control = Control()
         services = Services(
             ingress=INGRESS,
             log=self.log,  # type: ignore[arg-type]
             queue=self.queue,  # type: ignore[arg-type]
             switchboard=self.switchboard,
+            router=Router(self.fleet, control, RoutingSettings()),  # type: ignore[arg-type]
             timeouts=timeouts or Timeouts(),
             keep_alive_comment_s=keep_alive_comment_s,
         )
         self.chat = ChatCompletions(
             services,
-            control=Control(),  # type: ignore[arg-type]
-            fleet=self.fleet,
+            control=control,  # type: ignore[arg-type]
             settings=settings or IngressSettings(),
         )
 
