@@ -16,6 +16,7 @@ from schemas.events import (
     RequestFinished,
     RequestRejected,
     RequestReplayed,
+    StreamMigrated,
 )
 from schemas.ids import RequestId, completion_id
 from schemas.money import Price, Usage, dollars
@@ -66,6 +67,8 @@ def _order(event: Event) -> tuple[int, int, int, int]:
             place, within = 1, 0
         case AttemptLost():
             place, within = 1, 1
+        case StreamMigrated():
+            place, within = 1, 1
         case AttemptFinished():
             place, within = 1, 2
         case _:
@@ -88,6 +91,12 @@ def words(event: AnyEvent) -> str:  # noqa: PLR0911 - one for each kind
             return f"attempt {event.epoch} started at {event.worker} on {event.route} after {_ms(event.queue_us)} in the queue"
         case AttemptLost():
             return f"attempt {event.epoch} given up: {event.code} ({event.worker or 'no worker'} on {event.route})"
+        case StreamMigrated():
+            return (
+                f"went on as attempt {event.epoch} at {event.worker or 'no worker'} on {event.route}, {event.how}, behind "
+                f"{event.tokens_carried} tokens of {event.from_worker or 'no worker'} on {event.from_route} "
+                f"({event.reason}); {_ms(event.gap_us)} without a token"
+            )
         case AttemptFinished():
             return _receipt(event)
         case RequestFinished():
@@ -121,7 +130,7 @@ def _finished(event: RequestFinished) -> str:
     parts.append(f"cost ${dollars(event.cost_pico)}")
     parts.append(f"{event.attempts} {'attempt' if event.attempts == 1 else 'attempts'}")
     if event.migrations:
-        parts.append(f"moved {event.migrations} times")
+        parts.append(f"moved {'once' if event.migrations == 1 else f'{event.migrations} times'}")
     if event.first_token_us is not None:
         parts.append(f"first token after {_ms(event.first_token_us)}")
     parts.append(f"took {_ms(event.duration_us)}")

@@ -15,6 +15,7 @@ from schemas.events import (
     RequestFinished,
     RequestRejected,
     RequestReplayed,
+    StreamMigrated,
 )
 from schemas.money import Usage
 
@@ -79,6 +80,8 @@ def fact(event: AnyEvent, position: int) -> Fact | None:  # noqa: PLR0911 - one 
             )
         case RequestReplayed():
             return None  # nothing was generated, and nothing is billed
+        case StreamMigrated():
+            return None  # the event that ends its request counts it
         case _:
             assert_never(event)
 

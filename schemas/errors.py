@@ -26,6 +26,8 @@ PenstockError
 │   ├── IdleTimeout              504  the tokens stopped coming
 │   ├── TotalTimeout             504  the whole took too long
 │   ├── WorkerLost               502  the worker went away
+│   │   ├── WorkerStalled        502  it stands still
+│   │   └── WorkerYielded        502  it handed the request back
 │   └── FrameGap                 502  part of the answer was lost on the way
 ├── Fault                        an attempt failed at its provider
 │   ├── ProviderRejected         4xx  the provider says that the request is bad: passed on as it is
@@ -34,7 +36,8 @@ PenstockError
 │   ├── ProviderUnreachable      502  no connection
 │   ├── ProviderTimeout          504  connect, first byte or idle
 │   ├── ProviderFailed           502  5xx, or an error inside a 200
-│   └── ProviderNonsense         502  an answer that is not the API's
+│   ├── ProviderNonsense         502  an answer that is not the API's
+│   └── NotContinued             502  an answer that another worker began can't be gone on with
 └── SetupError                   an operator can mend it: a setting, a file, a server that's too old
 
 A class's docstring is its message when none is given; ``code`` is stable and what clients and queries match on.
@@ -213,6 +216,18 @@ class WorkerLost(ServiceError):
     code = "worker_lost"
 
 
+class WorkerStalled(WorkerLost):
+    """The worker that served this request stands still."""
+
+    code = "worker_stalled"
+
+
+class WorkerYielded(WorkerLost):
+    """The worker that served this request handed it back."""
+
+    code = "worker_yielded"
+
+
 class FrameGap(ServiceError):
     """Part of the answer was lost on its way and could not be had again."""
 
@@ -282,6 +297,12 @@ class ProviderNonsense(Fault):
     """The provider answered with something that is not a chat completion."""
 
     code = "upstream_invalid_response"
+
+
+class NotContinued(Fault):
+    """The answer broke off and can't be continued."""
+
+    code = "not_continued"
 
 
 class SetupError(PenstockError):

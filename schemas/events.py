@@ -65,6 +65,19 @@ class AttemptLost(Event, frozen=True, kw_only=True, tag="attempt.lost"):
     code: str
 
 
+class StreamMigrated(Event, frozen=True, kw_only=True, tag="stream.migrated"):
+    """An answer that its client had begun to read went on at another worker. ``epoch`` is the attempt that went on with it."""
+
+    route: RouteId
+    worker: WorkerId | None
+    from_route: RouteId
+    from_worker: WorkerId | None = None
+    reason: str  # the code of what ended the attempt before
+    how: str  # exact | prefix
+    tokens_carried: int = 0  # completion tokens that its client had by then
+    gap_us: int = 0  # without a token: from the last one of the attempt before to the first one of this
+
+
 class AttemptFinished(Event, frozen=True, kw_only=True, tag="attempt.finished"):
     """The worker's receipt: what was generated, what the provider says, how it ended."""
 
@@ -126,6 +139,7 @@ AnyEvent = (
     | RequestRejected
     | AttemptStarted
     | AttemptLost
+    | StreamMigrated
     | AttemptFinished
     | RequestFinished
     | RequestReplayed

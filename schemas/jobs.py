@@ -28,8 +28,22 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     total_s: float = 3600.0  # accepted -> last byte
 
 
+class Continuation(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What earlier attempts at a request have delivered to its client, of its only choice: this one goes on right behind it.
+
+    *token_ids* are all that were generated for what was delivered; they and the prompt's are empty where an engine didn't
+    give them. Their text may be ahead of *text*: an engine holds back half characters, and what may become a stop sequence.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    tokens: int = 0  # completion tokens delivered, as the workers counted them
+    token_ids: tuple[int, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+
+
 class Job(Struct, frozen=True, kw_only=True):
-    """One attempt at a request, as published to JOBS."""
+    """One attempt at a request, as published to JOBS; or one that goes on with an answer, as given to a worker by `Take`."""
 
     request_id: RequestId
     epoch: int  # 1 for the first attempt
@@ -43,6 +57,7 @@ class Job(Struct, frozen=True, kw_only=True):
     accepted_ns: int  # UTC
     timeouts: Timeouts
     body: Raw  # the client's JSON, untouched
+    continuation: Continuation | None = None  # what the answer goes on behind, when it isn't its beginning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +110,13 @@ class Announce(Struct, frozen=True, kw_only=True, tag_field="t", tag="announce")
     """To every worker: say now who you are (an ingress has just started)."""
 
 
-Command = Cancel | Resend | Announce
+class Take(Struct, frozen=True, kw_only=True, tag_field="t", tag="take"):
+    """To a worker: go on with this answer, which another one began. It doesn't wait in the queue a second time."""
+
+    job: Job
+
+
+Command = Cancel | Resend | Announce | Take
 
 
 class ModelFingerprint(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -112,12 +133,21 @@ class ModelFingerprint(Struct, frozen=True, kw_only=True, omit_defaults=True):
     quantisation: str | None = None
 
 
+class Continues(StrEnum):
+    """How a worker goes on with an answer that another one began."""
+
+    NO = "no"
+    PREFIX = "prefix"  # behind its text
+    EXACT = "exact"  # behind its tokens, where they are known, else behind its text
+
+
 class ModelOffer(Struct, frozen=True, kw_only=True):
     """A model that a worker serves on a route, and at what price."""
 
     name: str
     price: Price
     fingerprint: ModelFingerprint | None = None
+    continues: Continues = Continues.NO
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
@@ -155,6 +185,7 @@ class Presence(Struct, frozen=True, kw_only=True):
     reason: str | None = None  # why it isn't serving
     started_ns: int = 0  # UTC, when the process began
     version: str = ""
+    listens: bool = False  # to `here.<worker>`, so that nobody's listening there tells that its connection is gone
 
 
 PRESENCE_EVERY_S = 2.0

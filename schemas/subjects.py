@@ -6,6 +6,7 @@ control.<entity>.<id>                 CONTROL, one fact a message
 w.<worker>.<ingress>.<nonce>          frames of one attempt (core)
 ctl.<worker>  ctl.all                 commands to a worker, or to all (core)
 presence.<worker>                     presence (core)
+here.<worker>                         says nothing: whether somebody listens there tells whether the worker is connected (core)
 
 A name from outside (a model, a route, an org) is not a subject token: dots split tokens, `*` and `>` are wildcards. `token`
 encodes any non-empty text reversibly with letters, digits, `-` and `_`; every other byte of its UTF-8 becomes `=` and two hex digits.
@@ -103,6 +104,10 @@ def frame_address(subject: str) -> tuple[WorkerId, Nonce]:
 
 def ctl(worker: WorkerId) -> str:
     return f"ctl.{worker}"
+
+
+def here(worker: WorkerId) -> str:
+    return f"here.{worker}"
 
 
 def presence(worker: WorkerId) -> str:

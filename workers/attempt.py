@@ -15,6 +15,7 @@ from schemas.jobs import Failed as FailedOutcome
 from schemas.money import Usage
 from workers.providers.base import Provider
 from workers.reporter import Reporter
+from workers.seam import seamless
 
 log = structlog.get_logger()
 
@@ -79,7 +80,8 @@ async def _outcome(job: Job, provider: Provider, report: Reporter, progress: Pro
 
 async def _relay(job: Job, provider: Provider, report: Reporter, progress: Progress) -> None:
     wait_us = 0
-    async with aclosing(provider.generate(job)) as chunks:
+    generated = provider.generate(job)
+    async with aclosing(generated if job.continuation is None else seamless(generated)) as chunks:
         async for chunk in chunks:
             if progress.stop is not None:
                 break  # a provider that goes on after it was cancelled

@@ -31,6 +31,7 @@ from schemas.jobs import (
     Presence,
     Resend,
     RouteOffer,
+    Take,
     WorkerState,
 )
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
@@ -97,7 +98,12 @@ class Route:
 
     def offer(self) -> RouteOffer:
         models = tuple(
-            ModelOffer(name=model.name, price=model.charged, fingerprint=self.provider.fingerprint(model.name))
+            ModelOffer(
+                name=model.name,
+                price=model.charged,
+                fingerprint=self.provider.fingerprint(model.name),
+                continues=self.provider.continues(model.name),
+            )
             for model in self.models
         )
         return RouteOffer(
@@ -147,6 +153,7 @@ class Worker:
         self._outbox.start()
         for subject in (subjects.ctl(self.id), subjects.EVERY_WORKER):
             await self._connection.listen(subject, self._on_command)
+        await self._connection.listen(subjects.here(self.id), _nothing)
         for route in self._routes.values():
             await self._open(route)
         self._forget = self._connection.on_reconnect(self._on_reconnect)
@@ -209,6 +216,7 @@ class Worker:
             routes=tuple(route.offer() for route in self._routes.values()),
             started_ns=self._started_ns,
             version=self._version,
+            listens=True,
         )
         try:
             await self._connection.say(subjects.presence(self.id), codec.encode(presence))
@@ -276,16 +284,35 @@ class Worker:
             return
         route.take_slot()
         route.intake.taken(puller, free=route.free)
-        progress = Progress()
-        report = Reporter(job, self._outbox, worker=self.id, max_kept_bytes=self._settings.max_kept_bytes)
         # Started and right behind it the ack: from Started on the ingress owns recovery, and only what was never started is
         # delivered again. The other way round, a worker killed between the two would take the job with it.
-        report.started()
+        self._begin(route, job)
         self._outbox.put(msg.reply, ACK)
+
+    def _take(self, job: Job) -> None:
+        """Goes on with an answer that another worker began, or says at once that it can't: the ingress knows others."""
+        if job.nonce in self._running or self._kept.get(job.nonce) is not None:
+            return  # said twice
+        route = self._routes.get(job.route)
+        if self._state is WorkerState.SERVING and route is not None and route.free > 0 and route.down is None:
+            route.take_slot()
+            self._begin(route, job)
+            return
+        report = self._reporter(job)
+        report.ended(HandedBack(reason="no_free_slot"))
+        self._kept.add(report)
+
+    def _begin(self, route: Route, job: Job) -> None:
+        """Says Started and runs the attempt; its slot is taken."""
+        progress, report = Progress(), self._reporter(job)
+        report.started()
         task = asyncio.create_task(self._serve(route, job, report, progress))
         # A callback and not the task's own finally: a task that is cancelled before its first step runs none of its body.
         task.add_done_callback(lambda _: self._free(route, job.nonce, report))
         self._running[job.nonce] = Running(task, progress, report)
+
+    def _reporter(self, job: Job) -> Reporter:
+        return Reporter(job, self._outbox, worker=self.id, max_kept_bytes=self._settings.max_kept_bytes)
 
     async def _serve(self, route: Route, job: Job, report: Reporter, progress: Progress) -> None:
         try:
@@ -347,6 +374,8 @@ class Worker:
                 report = found.report if found is not None else self._kept.get(nonce)
                 if report is not None:
                     report.resend(seq)
+            case Take(job=job):
+                self._take(job)
             case Announce():
                 await self.announce()
 
@@ -380,6 +409,10 @@ class Worker:
         tasks = [running.task for running in self._running.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
+
+
+async def _nothing(_: Message) -> None:
+    """What is said there is of no interest; that somebody listens is."""
 
 
 def _told(outcome: Outcome) -> tuple[str, str | None, int | None]:

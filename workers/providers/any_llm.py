@@ -29,7 +29,7 @@ from schemas.errors import (
     ProviderTimeout,
     ProviderUnreachable,
 )
-from schemas.jobs import Job, ModelFingerprint
+from schemas.jobs import Continues, Job, ModelFingerprint
 from schemas.providers import KnownProvider
 from schemas.settings import RouteSettings, WorkerSettings, completed
 from workers.providers.any_llm_bodies import Answers, question
@@ -89,6 +89,9 @@ class OwnWire(Provider):
         )
         listed = await _within(self._open().alist_models(**most), patience, opened=[])
         return tuple(dict.fromkeys(model.id for model in listed))
+
+    def continues(self, model: str) -> Continues:  # noqa: ARG002
+        return Continues.NO
 
     def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
         return None

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from schemas.jobs import EngineStats, Job, ModelFingerprint
+from schemas.jobs import Continues, EngineStats, Job, ModelFingerprint
 from schemas.money import Usage
 
 
@@ -51,8 +51,18 @@ class Provider(Protocol):
         return model
 
     def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
-        """Raises: a subclass of schemas.errors.Fault when the provider can't; nothing else of the provider's."""
+        """The answer to ``job.body``; with ``job.continuation``, what comes behind that, without a word of it again.
+
+        What a continuation brings is counted in its chunks; its usage is what the provider bills for it.
+
+        Raises: a subclass of schemas.errors.Fault when the provider can't, NotContinued when that is all it can't; nothing
+        else of the provider's.
+        """
         ...
+
+    def continues(self, model: str) -> Continues:  # noqa: ARG002
+        """How it goes on with an answer of *model* that broke off elsewhere."""
+        return Continues.NO
 
     async def models(self) -> tuple[str, ...]:
         """The names that it serves, asked for when the configuration names none. Raises: Fault."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import zlib
 from collections.abc import AsyncGenerator, Iterator
 
 import msgspec
 
-from schemas.jobs import Job, ModelFingerprint
+from schemas.errors import NotContinued
+from schemas.jobs import Continuation, Continues, Job, ModelFingerprint
 from schemas.money import Usage
 from schemas.settings import ModelSettings, RouteSettings
 from workers.providers.base import Chunk, Provider, Tell
@@ -24,7 +26,7 @@ FINGERPRINT = "fp_echo"
 _json = msgspec.json.encode
 _TAIL = b'],"system_fingerprint":' + _json(FINGERPRINT) + b"}"
 
-Delta = tuple[bytes, int, bytes]  # a delta as JSON, its tokens, its logprobs as JSON
+Delta = tuple[bytes, str | None, bytes]  # a delta as JSON, its token if it has one, its logprobs as JSON
 
 
 class Echo(Provider):
@@ -47,10 +49,11 @@ class Echo(Provider):
         return self._upstream.get(model, model)
 
     async def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
-        """Raises: ProviderRejected."""
+        """Raises: ProviderRejected, NotContinued."""
         start_s = asyncio.get_running_loop().time() + self._delay_s
         request = read(job.body)
         said = answer(request)
+        told = 0 if job.continuation is None else _told(said, job.continuation)
         if self._delay_s:
             await asyncio.sleep(self._delay_s)
         if not job.stream:
@@ -58,20 +61,23 @@ class Echo(Provider):
             yield _whole(said, request)
             return
         spoken = 0
-        for number, (chunk, first) in enumerate(_chunks(said, request), start=1):
+        for number, (chunk, first) in enumerate(_chunks(said, request, told), start=1):
             spoken += chunk.tokens if first else 0
             await self._wait_for(spoken, start_s)
             yield chunk
             if number % BREATH_EVERY_CHUNKS == 0:
                 await asyncio.sleep(0)
-        usage, raw = _usage(said)
+        usage, raw = _usage(said, told)
         yield Chunk(members=None, usage=usage, usage_raw=raw)
+
+    def continues(self, model: str) -> Continues:  # noqa: ARG002
+        return Continues.EXACT
 
     async def models(self) -> tuple[str, ...]:
         return (self.name,)
 
-    def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
-        return None
+    def fingerprint(self, model: str) -> ModelFingerprint | None:
+        return ModelFingerprint(name=self.upstream_model(model), tokenizer=FINGERPRINT)
 
     def attach(self, tell: Tell) -> None:
         """It can always serve."""
@@ -87,17 +93,42 @@ class Echo(Provider):
                 await asyncio.sleep(wait_s)
 
 
-def _chunks(said: Answer, request: Request) -> Iterator[tuple[Chunk, bool]]:
-    """The stream, choice by choice in turn; with each chunk, whether it belongs to the first choice."""
-    voices = [_deltas(said, request, choice) for choice in range(said.choices)]
+def _told(said: Answer, before: Continuation) -> int:
+    """How many tokens of *said* its client has. Raises: NotContinued if what it has is something else."""
+    count = len(before.token_ids)
+    if before.token_ids:
+        same = before.token_ids == tuple(map(_token_id, said.text[:count]))
+    else:
+        length = 0
+        while length < len(before.text) and count < len(said.text):
+            length += len(said.text[count])
+            count += 1
+        same = "".join(said.text[:count]) == before.text
+    if said.calls or said.choices > 1 or not same:
+        raise NotContinued
+    return count
+
+
+def _token_id(token: str) -> int:
+    """A number that this token always has."""
+    return zlib.crc32(token.encode())
+
+
+def _chunks(said: Answer, request: Request, told: int) -> Iterator[tuple[Chunk, bool]]:
+    """The stream, choice by choice in turn; with each chunk, whether it belongs to the first choice.
+
+    The first *told* tokens are left out, and then the opening is, too.
+    """
+    voices = [_deltas(said, request, choice, told) for choice in range(said.choices)]
     for row in zip(*voices, strict=True):
-        for index, (delta, count, logprobs) in enumerate(row):
+        for index, (delta, token, logprobs) in enumerate(row):
             members = b'{"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (
                 index,
                 delta,
                 logprobs,
             )
-            yield Chunk(members=members + _TAIL, tokens=count), index == 0
+            ids = () if token is None or said.calls or said.choices > 1 else (_token_id(token),)
+            yield Chunk(members=members + _TAIL, tokens=int(token is not None), token_ids=ids), index == 0
     finish = _json(said.finish_reason)
     for index in range(said.choices):
         members = b'{"choices":[{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}' % (index, finish)
@@ -105,11 +136,12 @@ def _chunks(said: Answer, request: Request) -> Iterator[tuple[Chunk, bool]]:
         yield Chunk(members=members + _TAIL, finish_reason=reason), index == 0
 
 
-def _deltas(said: Answer, request: Request, choice: int) -> Iterator[Delta]:
-    opening = b'{"role":"assistant","content":%b,"refusal":null}'
-    yield opening % (b"null" if said.calls else b'""'), 0, b"null"
-    for token in said.text:
-        yield b'{"content":%b}' % _json(token), 1, _logprobs([token], request)
+def _deltas(said: Answer, request: Request, choice: int, told: int) -> Iterator[Delta]:
+    if not told:
+        opening = b'{"role":"assistant","content":%b,"refusal":null}'
+        yield opening % (b"null" if said.calls else b'""'), None, b"null"
+    for token in said.text[told:]:
+        yield b'{"content":%b}' % _json(token), token, _logprobs([token], request)
     for place, call in enumerate(said.calls):
         yield from _call_deltas(call, place, _call_id(request, call, (choice, place)))
 
@@ -118,15 +150,15 @@ def _call_deltas(call: Call, place: int, id_: str) -> Iterator[Delta]:
     """As OpenAI sends a call: first its id and name without arguments, then the arguments in pieces."""
     name = _json(call.name)
     if call.kind == "legacy":
-        yield b'{"function_call":{"name":%b,"arguments":""}}' % name, 1, b"null"
+        yield b'{"function_call":{"name":%b,"arguments":""}}' % name, call.name, b"null"
         for piece in call.pieces:
-            yield b'{"function_call":{"arguments":%b}}' % _json(piece), 1, b"null"
+            yield b'{"function_call":{"arguments":%b}}' % _json(piece), piece, b"null"
         return
     kind, said = (b"custom", b"input") if call.kind == "custom" else (b"function", b"arguments")
     opening = b'{"tool_calls":[{"index":%d,"id":%b,"type":"%b","%b":{"name":%b,"%b":""}}]}'
-    yield opening % (place, _json(id_), kind, kind, name, said), 1, b"null"
+    yield opening % (place, _json(id_), kind, kind, name, said), call.name, b"null"
     for piece in call.pieces:
-        yield b'{"tool_calls":[{"index":%d,"%b":{"%b":%b}}]}' % (place, kind, said, _json(piece)), 1, b"null"
+        yield b'{"tool_calls":[{"index":%d,"%b":{"%b":%b}}]}' % (place, kind, said, _json(piece)), piece, b"null"
 
 
 def _whole(said: Answer, request: Request) -> Chunk:
@@ -137,7 +169,7 @@ def _whole(said: Answer, request: Request) -> Chunk:
         % (index, _json(_message(said, request, index)), logprobs, finish)
         for index in range(said.choices)
     )
-    usage, raw = _usage(said)
+    usage, raw = _usage(said, 0)
     return Chunk(
         members=b'{"choices":[' + choices + _TAIL,
         tokens=said.completion_tokens,
@@ -184,8 +216,11 @@ def _logprobs(texts: list[str], request: Request) -> bytes:
     return _json({"content": content, "refusal": None})
 
 
-def _usage(said: Answer) -> tuple[Usage, bytes]:
-    usage = Usage(prompt_tokens=said.prompt_tokens, completion_tokens=said.completion_tokens)
+def _usage(said: Answer, told: int) -> tuple[Usage, bytes]:
+    """Of a continuation, the *told* tokens are part of the prompt."""
+    usage = Usage(
+        prompt_tokens=said.prompt_tokens + told, completion_tokens=said.completion_tokens - told * said.choices
+    )
     raw = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

@@ -16,7 +16,7 @@ import yarl
 from msgspec import Raw, Struct
 
 from schemas.errors import ProviderNonsense, ProviderRejected, SetupError
-from schemas.jobs import Job, ModelFingerprint
+from schemas.jobs import Continues, Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings, secret
 from workers.providers.base import Chunk, Provider, Tell
 from workers.providers.openai_chunks import ChunkReader
@@ -122,6 +122,9 @@ class OpenAI(Provider):
             return tuple(dict.fromkeys(model.id for model in _models(body).data))
         except _NOT_JSON as error:
             raise ProviderNonsense("The provider answered with something that is not a list of models.") from error
+
+    def continues(self, model: str) -> Continues:  # noqa: ARG002
+        return Continues.NO
 
     def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
         return None

@@ -22,7 +22,7 @@ from schemas import codec, subjects
 from schemas.events import AttemptFinished
 from schemas.frames import AnyFrame, Delta, Finished, Started
 from schemas.ids import IngressId, Nonce, RouteId, WorkerId, new_name
-from schemas.jobs import Cancel, Command, EngineStats, Job, Lane, Presence
+from schemas.jobs import Cancel, Command, Continues, EngineStats, Job, Lane, Presence
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
 from tests.factories import new_job
 from workers.providers.base import Chunk, Tell
@@ -67,6 +67,9 @@ class Fake:
 
     async def models(self) -> tuple[str, ...]:
         return ("m",)
+
+    def continues(self, _: str) -> Continues:
+        return Continues.NO
 
     def fingerprint(self, _: str) -> None:
         return None

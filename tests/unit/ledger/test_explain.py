@@ -47,7 +47,7 @@ def test_each_attempt_is_told_on_its_own() -> None:
     assert texts[1].startswith("attempt 1 started")
     assert texts[2] == "attempt 1 given up: worker_lost (worker-1 on r1)"
     assert texts[3].startswith("attempt 2 started at worker-2")
-    assert "2 attempts; moved 1 times" in texts[5]
+    assert "2 attempts; moved once" in texts[5]
 
 
 def test_a_rejected_request_has_its_reason() -> None:
@@ -84,8 +84,8 @@ def test_a_price_that_nobody_stated_is_not_told_as_free() -> None:
 
 
 def test_an_event_of_a_newer_release_is_mentioned() -> None:
-    unknown = UnknownEvent(kind="stream.migrated", v=1, members={"producer": "ingress-9"})
-    assert tell(ID, [samples.accepted(), unknown]).moments[-1].kind == "stream.migrated"
+    unknown = UnknownEvent(kind="node.online", v=1, members={"producer": "ingress-9"})
+    assert tell(ID, [samples.accepted(), unknown]).moments[-1].kind == "node.online"
 
 
 def test_every_class_of_tokens_is_told_once() -> None:

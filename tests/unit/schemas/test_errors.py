@@ -38,6 +38,8 @@ CODES = {
     "IdleTimeout": "idle_timeout",
     "TotalTimeout": "total_timeout",
     "WorkerLost": "worker_lost",
+    "WorkerStalled": "worker_stalled",
+    "WorkerYielded": "worker_yielded",
     "FrameGap": "frame_gap",
     "Fault": "upstream_error",
     "ProviderRejected": "upstream_rejected",
@@ -47,6 +49,7 @@ CODES = {
     "ProviderTimeout": "upstream_timeout",
     "ProviderFailed": "upstream_error",
     "ProviderNonsense": "upstream_invalid_response",
+    "NotContinued": "not_continued",
     "SetupError": "setup_error",
 }
 

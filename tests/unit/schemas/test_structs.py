@@ -14,7 +14,7 @@ from schemas import admin, providers, settings
 from schemas.control import ControlEvent
 from schemas.events import Event
 from schemas.frames import Frame
-from schemas.jobs import Announce, Cancel, Resend
+from schemas.jobs import Announce, Cancel, Resend, Take
 
 MODULES = [importlib.import_module(f"schemas.{module.name}") for module in pkgutil.iter_modules(schemas.__path__)]
 STRUCTS = sorted(
@@ -73,4 +73,9 @@ def test_kinds_are_tagged_by_a_name_of_their_own(base: type[msgspec.Struct], tag
 
 
 def test_commands_are_tagged_by_a_name_of_their_own() -> None:
-    assert [command.__struct_config__.tag for command in (Cancel, Resend, Announce)] == ["cancel", "resend", "announce"]
+    assert [command.__struct_config__.tag for command in (Cancel, Resend, Announce, Take)] == [
+        "cancel",
+        "resend",
+        "announce",
+        "take",
+    ]
