@@ -36,6 +36,7 @@ LOCK_WAIT_S = 1.0  # for a server whose penstock was killed: it takes a moment t
 USER = "penstock"
 LOG_MAX_BYTES = 16 * 1024 * 1024
 PR_SET_PDEATHSIG = 1
+GC_PERCENT = "25"  # Go waits for 100: garbage of twice the live memory, most of it blocks of 8 MiB that come and go
 
 # Loaded here: in a forked child of a process with threads, loading a library can deadlock.
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -108,6 +109,7 @@ class EmbeddedServer:
         with self._log_file.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603, ASYNC220 - our own binary; a fork takes a millisecond
                 [binary, "-c", str(config), "--ports_file_dir", str(ports_dir)],
+                env={"GOGC": GC_PERCENT, **os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -25,7 +25,7 @@ from schemas.upcasters import read_event
 log = structlog.get_logger()
 
 FILE = Path("ledger") / "ledger.duckdb"  # within the home folder
-WAL_MAX_MIB = 64  # a checkpoint compresses the last row group anew: fewer of them, less work and a smaller file
+WAL_MAX_MIB = 16  # what is not in the file yet takes memory: 16 MiB of log are about 20 MiB of it
 TEMP_MAX_MIB = 4096  # what queries that outgrow their memory may use of the disk
 
 # What a value raises that its column can't hold.

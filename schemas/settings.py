@@ -102,7 +102,7 @@ class LedgerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     batch_pages: int = 2000
     sql_timeout_s: float = 30.0
     sql_max_rows: int = 100_000
-    sql_memory_mib: int = 1024
+    sql_memory_mib: int = 256
     sql_threads: int = 2
     sql_max_concurrent: int = 4
     sql_max_result_bytes: int = 64 * MIB

@@ -40,10 +40,10 @@ def test_every_limit_has_its_default(store: Store) -> None:
         "sql_max_rows": "100,000",
         "sql_max_result_bytes": "64 MiB",
         "sql_max_concurrent": "4",
-        "sql_memory_mib": "1 GiB",
+        "sql_memory_mib": "256 MiB",
         "sql_threads": "2",
     }.items():
         number = float(re.sub(r"[^\d]", "", shown.split(" ")[0]))
-        unit = 1024 if "GiB" in shown else 1024**2 if "MiB" in shown else 1
+        unit = 1024**2 if "MiB" in shown and not name.endswith("_mib") else 1
         assert getattr(LedgerSettings(), name) == number * unit
         assert re.search(rf"\| {re.escape(shown)}.*`{name}`", TEXT)
