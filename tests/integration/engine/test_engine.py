@@ -91,11 +91,11 @@ async def test_an_engine_that_never_comes_up_is_tried_again_ever_more_slowly(mak
 
 
 async def test_a_start_over_its_limit_is_ended_and_tried_again(make: Make) -> None:
-    rig = make("--fake-stuck", "--fake-child", start_timeout_s=0.3)
+    rig = make("--fake-stuck", "--fake-child", start_timeout_s=3.0)
     rig.start()
-    await eventually(lambda: len(rig.processes()) == 3, what="it runs")
+    await eventually(lambda: len(rig.processes()) == 3, timeout_s=10, what="it runs")
     before = rig.processes()
-    await eventually(lambda: rig.engine.phase is Phase.FAILED, what="it is given up")
+    await eventually(lambda: rig.engine.phase is Phase.FAILED, timeout_s=10, what="it is given up")
     assert not any(runs(process) for process in before)
 
 
