@@ -3,7 +3,9 @@
     fake_engine.py serve MODEL --uds PATH [--fake-…] [any flag of vLLM's]
 
 An outside witness: the standard library alone, and no code of the product. A message that is `crash` ends the process in the
-middle of the answer; `endless` gets an answer that goes on for ever. Flags are told back as a line of the log.
+middle of the answer; `endless` gets an answer that goes on for ever; `die` ends it as vLLM does when its engine process is
+killed: the answers end with an error, /health is 503, and the front end goes on for a while; `hang up` breaks off.
+Flags are told back as a line of the log.
 """
 
 from __future__ import annotations
@@ -21,15 +23,30 @@ from typing import Any
 
 PACE_S = 0.005  # between the tokens of an endless answer
 BODY_BYTES_MAX = 1024 * 1024
+DEAD = {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "param": None, "code": 500}
+METRICS = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} RUNNING.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 0.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:prefix_cache_queries_total{engine="0",model_name="m"} 200.0
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 50.0
+vllm:cache_config_info{block_size="16",engine="0",kv_cache_size_tokens="4096",num_gpu_blocks="256"} 1.0
+"""
 CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
 
 
 class FakeEngine:
-    def __init__(self, *, token_ids: bool = True, strict: bool = False) -> None:
-        """*strict* refuses what it doesn't know. Without *token_ids* it doesn't know of these."""
-        self.token_ids = token_ids
+    def __init__(
+        self, *, token_ids: bool = True, priority: bool = True, strict: bool = False, metrics: bool = True
+    ) -> None:
+        """*strict* refuses what it doesn't know. Without *token_ids*, or *priority*, it doesn't know of these."""
+        self.known = {"return_token_ids": token_ids, "priority": priority}
         self.strict = strict
+        self.metrics = metrics
+        self.dead = False
         self.bodies: list[dict[str, Any]] = []
+        self.streams: set[asyncio.StreamWriter] = set()
 
     async def on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -39,8 +56,12 @@ class FakeEngine:
             body = json.loads(await reader.readexactly(min(length, BODY_BYTES_MAX)) or b"{}")
             if method == "POST":
                 await self._chat(body, writer)
-            elif path in ("/health", "/v1/models"):
-                await _say(writer, {"data": [{"id": "m"}]})
+            elif path == "/health":
+                await _say(writer, {}, status=503 if self.dead else 200)
+            elif path == "/v1/models":
+                await _say(writer, {"data": [{"id": "m", "root": "org/m", "max_model_len": 512}]})
+            elif path == "/metrics" and self.metrics:
+                await _say(writer, METRICS.replace("RUNNING", str(len(self.streams))))
             else:
                 await _say(writer, {"error": {"message": "no such path"}}, status=404)
         with contextlib.suppress(ConnectionError):
@@ -49,10 +70,14 @@ class FakeEngine:
 
     async def _chat(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         self.bodies.append(body)
-        if self.strict and "return_token_ids" in body:
-            await _say(writer, {"error": {"message": "unknown field", "param": "return_token_ids"}}, status=400)
+        if self.dead:
+            await _say(writer, {"error": DEAD}, status=500)
             return
-        with_ids = self.token_ids and body.get("return_token_ids") is True
+        for name, known in self.known.items():
+            if self.strict and name in body and not known:
+                await _say(writer, {"error": {"message": "unknown field", "param": name}}, status=400)
+                return
+        with_ids = self.known["return_token_ids"] and body.get("return_token_ids") is True
         text = body["messages"][-1]["content"]
         words = text.split()[: body.get("max_tokens")]
         prompt_ids = list(range(len(words))) if with_ids else None
@@ -65,32 +90,51 @@ class FakeEngine:
             await _say(writer, {"id": "c", "choices": [choice], "usage": usage, "prompt_token_ids": prompt_ids})
             return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        self.streams.add(writer)
+        try:
+            await self._stream(body, writer, with_ids=with_ids)
+        finally:
+            self.streams.discard(writer)
+
+    async def _stream(self, body: dict[str, Any], writer: asyncio.StreamWriter, *, with_ids: bool) -> None:
+        text = body["messages"][-1]["content"]
+        words = text.split()[: body.get("max_tokens")]
+        prompt_ids = list(range(len(words))) if with_ids else None
+        usage = {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)}
         at = 0
-        async for word in _spoken(text, words):
+        async for word in self._spoken(text, words):
             choice = {"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}
             if with_ids:
                 choice["token_ids"] = [100 + at]
             await _event(writer, {"id": "c", "choices": [choice], **({} if at else {"prompt_token_ids": prompt_ids})})
             at += 1
+        if self.dead:
+            await _event(writer, {"error": DEAD})
+            writer.write(b"data: [DONE]\n\n")
+            return
         await _event(writer, {"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
         await _event(writer, {"id": "c", "choices": [], "usage": usage})
         writer.write(b"data: [DONE]\n\n")
         await writer.drain()
 
+    async def _spoken(self, text: str, words: list[str]) -> AsyncIterator[str]:
+        for at, word in enumerate(words):
+            yield f" {word}" if at else word
+        if text == "crash":
+            os._exit(0)  # vLLM's front end says 0, too, when its engine has died
+        if text == "hang up":
+            raise ConnectionError
+        self.dead = self.dead or text == "die"
+        while text == "endless" and not self.dead:
+            await asyncio.sleep(PACE_S)
+            yield " more"
 
-async def _spoken(text: str, words: list[str]) -> AsyncIterator[str]:
-    for at, word in enumerate(words):
-        yield f" {word}" if at else word
-    if text == "crash":
-        os._exit(0)  # vLLM's front end says 0, too, when its engine has died
-    while text == "endless":
-        await asyncio.sleep(PACE_S)
-        yield " more"
 
-
-async def _say(writer: asyncio.StreamWriter, answer: dict[str, Any], *, status: int = 200) -> None:
-    body = json.dumps(answer, separators=(",", ":")).encode()
-    head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+async def _say(writer: asyncio.StreamWriter, answer: dict[str, Any] | str, *, status: int = 200) -> None:
+    text = isinstance(answer, str)
+    body = (answer if isinstance(answer, str) else json.dumps(answer, separators=(",", ":"))).encode()
+    kind = "text/plain" if text else "application/json"
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
     writer.write(f"{head}connection: close\r\n\r\n".encode() + body)
     await writer.drain()
 

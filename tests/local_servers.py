@@ -382,12 +382,22 @@ class LlamaCpp(Chat):
         return {**super().call(streamed=streamed), "function": function}
 
 
+ENGINE_DIED = {"error": {"message": "EngineCore encountered an issue.", "code": 500}}
+VLLM_METRICS = b"""\
+vllm:num_requests_running{engine="0",model_name="m"} 1.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 0.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.125
+vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="4096"} 1.0
+"""
+
+
 class Vllm(Chat):
     headers = MappingProxyType({"Server": "uvicorn"})
 
     def __init__(self, port: int = 0, *, model: str = "Qwen/Qwen3-0.6B") -> None:
         super().__init__(port)
         self.model = model
+        self.dead = False  # its engine process is, and its front end not yet
 
     def answer(self, asked: Asked) -> Reply | None:
         match asked.method, asked.path:
@@ -396,12 +406,28 @@ class Vllm(Chat):
             case "GET", "/v1/models":
                 entry = {"id": self.model, "object": "model", "owned_by": "vllm", "max_model_len": 40960}
                 return Reply({"object": "list", "data": [entry]})
+            case "GET", "/health":
+                return Reply(b"", 503 if self.dead else 200)
+            case "GET", "/metrics":
+                return Reply(VLLM_METRICS, 200, {"Content-Type": "text/plain"})
             case "POST", "/v1/chat/completions":
-                return self.chat(asked.body)
+                return Reply(ENGINE_DIED, 500) if self.dead else self.chat(asked.body)
         return None
 
     def not_known(self, _: Asked) -> Reply:
         return Reply({"detail": "Not Found"}, 404)
+
+    def _whole(self, body: dict[str, Any]) -> dict[str, Any]:
+        whole = super()._whole(body)
+        if body.get("return_token_ids"):
+            whole["choices"][0]["token_ids"] = list(range(whole["usage"]["completion_tokens"]))
+        return whole
+
+    def _chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for at, chunk in enumerate(super()._chunks(body)):
+            for choice in chunk["choices"] if body.get("return_token_ids") else ():
+                choice["token_ids"] = [at] if choice["delta"].get("content") else []
+            yield chunk
 
 
 class Website(Server):

@@ -33,7 +33,9 @@ from schemas.settings import ModelSettings, RouteSettings, VllmSettings, discove
     help="Look for model servers on this machine. Default: as configured, else where no route is.",
 )
 @click.option(
-    "--slots", type=click.IntRange(1, 4096), default=64, show_default=True, help="With --model: answers at once."
+    "--slots",
+    type=click.IntRange(1, 4096),
+    help="With --model: answers at once. Default: what the engine has room for.",
 )
 def worker(
     *,
@@ -44,7 +46,7 @@ def worker(
     ready_file: Path | None,
     model: str | None,
     vllm_args: tuple[str, ...],
-    slots: int,
+    slots: int | None,
     discover: bool | None,
 ) -> None:
     """Run one worker: jobs in, tokens and receipts out.
@@ -81,7 +83,7 @@ def worker(
     )
 
 
-def vllm_route(model: str, *, args: tuple[str, ...], slots: int) -> RouteSettings:
+def vllm_route(model: str, *, args: tuple[str, ...], slots: int | None) -> RouteSettings:
     """The route of a machine that serves *model* with its own vLLM. A folder goes by its last part."""
     public = Path(model).name if Path(model).is_dir() else model
     return RouteSettings(

@@ -60,9 +60,13 @@ class Child(asyncio.SubprocessProtocol):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_WAIT_S):
                     await self.exited.wait()
+        self.kill()
+        await self.exited.wait()
+
+    def kill(self) -> None:
+        """All of it, now: for one that is dead at heart and would only take its time."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        await self.exited.wait()
 
     async def aclose(self) -> None:
         """Stops it, hears the rest of its output, and gives the pipes back."""

@@ -114,6 +114,15 @@ class Engine:
         self._wanted.clear()  # a job that comes while it stops sets it again
         await self._child.stop()
 
+    def give_up(self) -> None:
+        """It is dead though some of it still runs, for seconds perhaps: it gets no more jobs, is ended, and started anew."""
+        if not self._ready or self._child is None:
+            return
+        self._ready = False
+        log.warning("engine_died", engine=self._command.name)
+        self._tell("the engine died")
+        self._child.kill()
+
     async def aclose(self) -> None:
         """Returns when no process of the engine is left."""
         if self._runner is not None:

@@ -19,7 +19,7 @@ from schemas.ids import RouteId
 from schemas.settings import RouteSettings, WorkerSettings
 from workers.local.asker import Asker
 from workers.local.kinds import Kind, LocalModel, Models
-from workers.local.provider import LocalServer
+from workers.local.provider import local_server
 from workers.worker import Route, Worker
 
 log = structlog.get_logger()
@@ -67,7 +67,7 @@ class Found:
         self._pace = pace
         self._on_checked = on_checked
         self._wake = asyncio.Event()
-        self.provider = LocalServer(route, settings, on_refused=self._wake.set)
+        self.provider = local_server(kind.name, route, settings, on_refused=self._wake.set)
         self.route = Route(route, self.provider, (), pool=True)
         self._listed: Models = ()
         self._offered: Models | None = None  # as the worker knows it; None before it knows the route
@@ -111,6 +111,7 @@ class Found:
                 return "something else answers there"
             try:
                 await self._keep_up(models)
+                await self.provider.look()
             except PenstockError as error:  # NATS is away at this very moment
                 log.warning("local_server_not_announced", route=self.route.id, error=error.message)
             await self._rest(self._pace.poll_every_s)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 from msgspec import Raw
 
-from schemas.errors import ProviderUnreachable
+from schemas.errors import ProviderFailed, ProviderNonsense, ProviderUnreachable
 from schemas.ids import IngressId, KeyId, OrgId, RequestId, new_id, new_nonce
-from schemas.jobs import Job, Timeouts
+from schemas.jobs import EngineStats, Job, ModelFingerprint, Timeouts
 from schemas.money import Price
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
+from workers.engine.fingerprint import fingerprint_of
 from workers.local.kinds import Models
 from workers.providers.base import Chunk, Tell
 from workers.providers.habits import say_max_tokens
 from workers.providers.openai import OpenAI
+from workers.providers.openai_chunks import ChunkReader
+from workers.providers.vllm_chunks import VllmChunkReader
+from workers.providers.vllm_powers import Powers, empowered, probe
+from workers.providers.vllm_server import Health, VllmServer
 
+LOOK_EVERY_S = 10.0
+DIED = "the engine died"
 CHECK_WAIT_S = 120.0  # a model may have to be read from a slow disk first
 
 _members = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -51,6 +59,9 @@ class LocalServer(OpenAI):
         return tuple(
             ModelSettings(name=public, upstream=upstream, price=Price()) for public, upstream in sorted(named.items())
         )
+
+    async def look(self) -> None:
+        """Asks for what else the server tells of itself. Called with each poll."""
 
     async def check(self, upstream: str) -> None:
         """A real request for one token, by the way that a job's would go.
@@ -92,3 +103,77 @@ class LocalServer(OpenAI):
             timeouts=Timeouts(first_token_s=CHECK_WAIT_S, idle_s=CHECK_WAIT_S, total_s=CHECK_WAIT_S),
             body=Raw(_encode(body)),
         )
+
+
+class LocalVllm(LocalServer):
+    """A vLLM: what only that can do is asked for as of a configured one, and it says itself how much room it has."""
+
+    name = "vllm"
+
+    def __init__(self, route: RouteSettings, settings: WorkerSettings, *, on_refused: Callable[[], None]) -> None:
+        super().__init__(route, settings, on_refused=on_refused)
+        assert route.base_url is not None  # noqa: S101 - it was found there
+        self.powers = Powers()
+        self._server = VllmServer(route.base_url, {}, settings=settings, sequences_max=route.slots)
+        self._fingerprint: ModelFingerprint | None = None
+        self._died = False
+        self._look_at = 0.0
+        self._clock = asyncio.get_running_loop().time
+
+    def say(self, down: str | None) -> None:
+        """A front end whose engine died still names its models, for seconds."""
+        super().say(DIED if self._died and down is None else down)
+
+    def slots(self) -> int | None:
+        return self._server.room
+
+    def stats(self) -> EngineStats | None:
+        return self._server.stats
+
+    def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002 - an engine serves one
+        return self._fingerprint
+
+    async def check(self, upstream: str) -> None:
+        self.powers = await probe(self, upstream)
+        await self._server.learn(upstream)
+        self._fingerprint = await asyncio.to_thread(fingerprint_of, self._server.root or upstream)
+
+    async def look(self) -> None:
+        """Every few polls: each question is a line in its owner's log."""
+        if not self._died and self._clock() < self._look_at:
+            return
+        self._look_at = self._clock() + LOOK_EVERY_S
+        self._died = await self._server.health() is Health.DEAD
+        if not self._died:
+            await self._server.look()
+
+    async def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
+        try:
+            async with contextlib.aclosing(super().generate(job)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except (ProviderFailed, ProviderNonsense):
+            if await self._server.health() is Health.DEAD:
+                self._died = True
+                self.say(DIED)
+            raise
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self._server.aclose()
+
+    def _reader(self) -> ChunkReader:
+        return VllmChunkReader() if self.powers.token_ids else ChunkReader()
+
+    def _body(self, job: Job) -> bytes:
+        return empowered(super()._body(job), self.powers)
+
+
+BY_KIND: dict[str, type[LocalServer]] = {"vllm": LocalVllm}
+
+
+def local_server(
+    kind: str, route: RouteSettings, settings: WorkerSettings, *, on_refused: Callable[[], None]
+) -> LocalServer:
+    """The provider for a server that was recognised as one of *kind*."""
+    return BY_KIND.get(kind, LocalServer)(route, settings, on_refused=on_refused)

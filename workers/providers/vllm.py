@@ -13,16 +13,12 @@ import shutil
 import sys
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import structlog
-from msgspec import Raw
 
-from schemas.errors import Fault, ProviderRejected, SetupError
-from schemas.jobs import Job, ModelFingerprint
+from schemas.errors import Fault, ProviderFailed, ProviderNonsense, ProviderUnreachable, SetupError
+from schemas.jobs import EngineStats, Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
 from workers.engine.engine import Engine, EngineCommand, engine_files
 from workers.engine.fingerprint import fingerprint_of
@@ -30,25 +26,24 @@ from workers.providers.base import Chunk, Tell
 from workers.providers.openai import OpenAI, address, first_key, rewritten
 from workers.providers.openai_chunks import ChunkReader
 from workers.providers.vllm_chunks import VllmChunkReader
+from workers.providers.vllm_metrics import SEQUENCES_MAX
+from workers.providers.vllm_powers import Powers, empowered, probe
+from workers.providers.vllm_server import Health, VllmServer
 
 log = structlog.get_logger()
 
-PROBE_TIMEOUT_S = 60.0  # the first answer of a fresh engine may compile something
-PROBE_EVERY_S = 5.0
-PROBE_BYTES_MAX = 1024 * 1024
+LOOK_EVERY_S = 5.0
+DOUBT_WAIT_S = (
+    0.2  # a job that failed is not told of it before its engine was asked for its health, but no later than this
+)
+SOCKETS_MAX = 1024  # where the engine itself says how much it has room for
 IDLE_LOOK_EVERY_S = 1.0
+DEFAULTS = (
+    "--disable-uvicorn-access-log",
+    "--enable-prompt-tokens-details",  # how much of a prompt came from the cache, in each usage
+    *("--scheduling-policy", "priority"),  # with equal priorities it is first come, first served
+)
 ENGINE_URL = "http://vllm/v1"  # of no consequence: the socket decides
-
-_members = msgspec.json.Decoder(dict[str, Raw]).decode
-_encode = msgspec.json.encode
-_TRUE = Raw(b"true")
-
-
-@dataclass(frozen=True, slots=True)
-class Powers:
-    """What the server turned out to be able to do."""
-
-    token_ids: bool = False
 
 
 class Vllm(OpenAI):
@@ -61,14 +56,26 @@ class Vllm(OpenAI):
         *,
         served: str,
         key: str | None = None,
-        max_concurrency: int,
+        max_concurrency: int | None,
         settings: WorkerSettings,
         engine: Engine | None = None,
         socket: Path | None = None,
         idle_unload_s: float = 0.0,
+        sequences_max: int = SEQUENCES_MAX,
     ) -> None:
-        super().__init__(base_url, models, key=key, max_concurrency=max_concurrency, settings=settings, socket=socket)
+        """Without *max_concurrency* the engine says itself how much it has room for; *sequences_max* is its own limit."""
+        super().__init__(
+            base_url, models, key=key, max_concurrency=max_concurrency or SOCKETS_MAX, settings=settings, socket=socket
+        )
         self.powers = Powers()
+        self._server = VllmServer(
+            base_url,
+            {} if key is None else self._key_headers(key),
+            settings=settings,
+            socket=socket,
+            sequences_max=sequences_max,
+        )
+        self._says_room = max_concurrency is None
         self._served = served
         self._engine = engine
         self._idle_unload_s = idle_unload_s
@@ -77,6 +84,8 @@ class Vllm(OpenAI):
         self._tell: Tell = lambda _: None
         self._tasks: list[asyncio.Task[None]] = []
         self._probing: asyncio.Task[None] | None = None
+        self._doubting: asyncio.Task[None] | None = None
+        self._doubted = asyncio.Event()
         self._fingerprint: ModelFingerprint | None = None
 
     @classmethod
@@ -91,7 +100,7 @@ class Vllm(OpenAI):
                 route.models,
                 served=served,
                 key=first_key(route),
-                max_concurrency=route.slots,
+                max_concurrency=route.max_concurrency,
                 settings=settings,
             )
         socket, log_file = engine_files(route.id, settings.run_folder)
@@ -101,11 +110,12 @@ class Vllm(OpenAI):
             ENGINE_URL,
             route.models,
             served=served,
-            max_concurrency=route.slots,
+            max_concurrency=route.max_concurrency,
             settings=settings,
             engine=engine,
             socket=socket,
             idle_unload_s=route.vllm.idle_unload_s,
+            sequences_max=sequences_max(route),
         )
 
     @property
@@ -115,12 +125,19 @@ class Vllm(OpenAI):
     def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002 - an engine serves one
         return self._fingerprint
 
+    def slots(self) -> int | None:
+        return self._server.room if self._says_room else None
+
+    def stats(self) -> EngineStats | None:
+        return self._server.stats
+
     def attach(self, tell: Tell) -> None:
         """Starts the engine if it is ours; either way the server is asked what it can do before a job is taken."""
         self._tell = tell
         tell("the engine is not ready yet")
         if self._engine is not None:
             self._engine.attach(self._on_engine)
+            self._tasks.append(asyncio.create_task(self._look_regularly(self._engine), name="vllm-look"))
             if self._idle_unload_s > 0:
                 self._tasks.append(asyncio.create_task(self._unload_when_idle(self._engine), name="vllm-idle"))
         else:
@@ -134,16 +151,20 @@ class Vllm(OpenAI):
             async with contextlib.aclosing(super().generate(job)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+        except (ProviderFailed, ProviderUnreachable, ProviderNonsense):
+            await self._doubt()
+            raise
         finally:
             self._running -= 1
             self._idle_since = time.monotonic()
 
     async def aclose(self) -> None:
-        tasks = [*self._tasks, *([] if self._probing is None else [self._probing])]
+        tasks = [*self._tasks, *(task for task in (self._probing, self._doubting) if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await super().aclose()
+        await self._server.aclose()
         if self._engine is not None:
             await self._engine.aclose()
 
@@ -151,17 +172,13 @@ class Vllm(OpenAI):
         return VllmChunkReader() if self.powers.token_ids else ChunkReader()
 
     def _body(self, job: Job) -> bytes:
-        body = rewritten(job, self.upstream_model(job.model))
-        if not self.powers.token_ids:
-            return body
-        members = _members(body)
-        members["return_token_ids"] = _TRUE
-        return _encode(members)
+        return empowered(rewritten(job, self.upstream_model(job.model)), self.powers)
 
     def _on_engine(self, reason: str | None) -> None:
         """Our engine's word. A fresh one is probed before it takes jobs."""
         if self._probing is not None:
             self._probing.cancel()  # what it would find is no longer so
+        self._server.stats = None
         if reason is not None:
             self._tell(reason)
         else:
@@ -171,52 +188,70 @@ class Vllm(OpenAI):
         """For a server that is not ours: whether it is there, and what it can do."""
         while True:
             await self._probe_until_known()
-            while await self._answers():  # noqa: ASYNC110 - there is no event: it is asked
-                await asyncio.sleep(PROBE_EVERY_S)
+            while await self._is_there():
+                self._doubted.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_EVERY_S):
+                        await self._doubted.wait()
+            self._server.stats = None
             self._tell("the server does not answer")
 
     async def _probe_until_known(self) -> None:
         """A real one-token request that asks for token ids: what comes back tells whether they can be had."""
         self._running += 1  # an engine that is being asked is not idle
+        model = self.upstream_model(next(iter(self._upstream_names)))
         try:
             while True:
                 try:
-                    self.powers = await self._probe()
+                    self.powers = await probe(self, model)
                     break
                 except Fault as fault:
                     self._tell(f"the server failed its test request: {fault.message}")
-                    await asyncio.sleep(PROBE_EVERY_S)
+                    await asyncio.sleep(LOOK_EVERY_S)
+            await self._server.learn(model)
             self._fingerprint = await asyncio.to_thread(fingerprint_of, self._served)
         finally:
             self._running -= 1
             self._idle_since = time.monotonic()
-        log.info("vllm_ready", token_ids=self.powers.token_ids)
+        powers = self.powers
+        log.info("vllm_ready", token_ids=powers.token_ids, priority=powers.priority, room=self._server.room)
         self._tell(None)
 
-    async def _probe(self) -> Powers:
-        """Raises: Fault."""
-        asked: dict[str, Any] = {
-            "model": self.upstream_model(next(iter(self._upstream_names))),
-            "messages": [{"role": "user", "content": "Hi"}],
-            "max_tokens": 1,
-        }
+    async def _is_there(self) -> bool:
+        """A server that isn't vLLM has no word for its health: then it is there if it names its models."""
+        health = await self._server.health()
+        if health is Health.UP:
+            await self._server.look()
+        if health is not Health.UNKNOWN:
+            return health is Health.UP
         try:
-            answer = await self._fetch("POST", "/chat/completions", _encode({**asked, "return_token_ids": True}))
-        except ProviderRejected:  # perhaps only for what it doesn't know
-            await self._fetch("POST", "/chat/completions", _encode(asked))
-            return Powers()
-        return Powers(token_ids=b'"token_ids":[' in answer)
-
-    async def _answers(self) -> bool:
-        try:
-            await self._fetch("GET", "/models")
+            await self.models()
         except Fault:
             return False
         return True
 
-    async def _fetch(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        """Raises: Fault."""
-        return await self.fetch(method, path, body=body, within_s=PROBE_TIMEOUT_S, max_bytes=PROBE_BYTES_MAX)
+    async def _doubt(self) -> None:
+        """A job failed at the engine's end: if that was the engine's own end, no other job may go there."""
+        if self._doubting is None or self._doubting.done():
+            self._doubting = asyncio.create_task(self._look_for_life(), name="vllm-doubt")
+        await asyncio.wait((self._doubting,), timeout=DOUBT_WAIT_S)
+
+    async def _look_for_life(self) -> None:
+        if await self._server.health() is not Health.DEAD:
+            return
+        if self._engine is not None:
+            self._engine.give_up()
+        else:
+            self._tell("the engine died")
+            self._doubted.set()
+
+    async def _look_regularly(self, engine: Engine) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if engine.is_ready:
+                await self._server.look()
+            else:
+                self._server.stats = None
 
     async def _unload_when_idle(self, engine: Engine) -> None:
         while True:
@@ -259,8 +294,8 @@ def _serve_command(route: RouteSettings, served: str, socket: Path, log_file: Pa
             served,
             *("--uds", str(socket)),
             *("--served-model-name", *(model.upstream_name for model in route.models)),
-            *("--max-num-seqs", str(route.slots)),
-            "--disable-uvicorn-access-log",
+            *("--max-num-seqs", str(route.max_concurrency or SEQUENCES_MAX)),
+            *DEFAULTS,
             *parallel,
             *route.vllm.args,
         ),
@@ -274,6 +309,18 @@ def _serve_command(route: RouteSettings, served: str, socket: Path, log_file: Pa
             **route.vllm.environ,
         },
     )
+
+
+def sequences_max(route: RouteSettings) -> int:
+    """The engine's ``--max-num-seqs``: the last one said counts."""
+    found = SEQUENCES_MAX if route.max_concurrency is None else route.max_concurrency
+    args = route.vllm.args
+    for at, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name.replace("_", "-") == "--max-num-seqs":
+            said = value or "".join(args[at + 1 : at + 2])
+            found = int(said) if said.isdecimal() and int(said) > 0 else found
+    return found
 
 
 def _vllm_command(route: RouteSettings) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from schemas.frames import Faulted, Finished
+from schemas.frames import Delta, Faulted, Finished
 from schemas.ids import RouteId
+from schemas.jobs import EngineStats
 from schemas.settings import RouteSettings
 from tests.integration.discover.conftest import FAST, Boot
 from tests.local_servers import Chat, LlamaCpp, LmStudio, Ollama, OtherModels, Reply, Server, Vllm, Website
@@ -47,7 +48,7 @@ def lm_studio(*models: str, **more: Any) -> LmStudio:
         (ollama("qwen3:0.6b", "llama3.2:3b"), "ollama", ["llama3.2:3b", "qwen3:0.6b"], 2),
         (lm_studio("qwen/qwen3-4b"), "lmstudio", ["qwen/qwen3-4b"], 4),
         (LlamaCpp(slots=3), "llamacpp", ["Qwen3-0.6B-Q8_0"], 3),
-        (Vllm(), "vllm", ["Qwen/Qwen3-0.6B"], 256),
+        (Vllm(), "vllm", ["Qwen/Qwen3-0.6B"], 32),  # a cache of 65536 tokens
     ],
     ids=["ollama", "lmstudio", "llamacpp", "vllm"],
 )
@@ -59,7 +60,7 @@ async def test_a_server_is_told_by_its_own_api_checked_and_served(
         await machine.serves(route, *models)
         offer = machine.offer(route)
         assert offer is not None
-        assert (offer.slots, offer.provider) == (slots, "openai")
+        assert (offer.slots, offer.provider) == (slots, "vllm" if route == "vllm" else "openai")
         assert {model.price.output for model in offer.models} == {0}
         assert [each.body["max_tokens"] for each in server.asked("/v1/chat/completions")] == [1]
         assert server.unexpected == []
@@ -69,6 +70,40 @@ async def test_a_server_is_told_by_its_own_api_checked_and_served(
     (found,), (served,) = named(logged, "local_server_found"), named(logged, "local_server_served")
     assert (found["route"], found["address"]) == (route, server.address)
     assert sorted(served["models"]) == models
+
+
+async def test_a_vllm_that_is_found_is_used_as_one(boot: Boot) -> None:
+    """Asked for token ids, which go into the frames and not to the client; and its own numbers are passed on."""
+    async with Vllm() as server:
+        machine = await boot(server)
+        await machine.serves("vllm", "Qwen/Qwen3-0.6B")
+        job = await machine.send("vllm", "Qwen/Qwen3-0.6B", {"stream": True, "service_tier": "flex"})
+        assert isinstance(await machine.ended(job), Finished)
+        asked = server.asked("/v1/chat/completions")[-1].body
+        assert (asked["return_token_ids"], asked["priority"]) == (True, 1)
+        frames = [frame for frame in machine.frames[job.nonce] if isinstance(frame, Delta | Finished)]
+        assert [number for frame in frames for number in frame.token_ids] == [0, 1, 2, 3, 4]
+        assert not any(b"token_ids" in bytes(chunk) for frame in frames for chunk in frame.chunks)
+        offer = machine.offer("vllm")
+        assert offer is not None
+        assert offer.engine == EngineStats(running=1, waiting=0, cache_used=0.125)
+        assert offer.models[0].fingerprint is not None
+
+
+async def test_a_vllm_whose_engine_died_takes_no_jobs_until_it_lives_again(boot: Boot) -> None:
+    """Its front end still answers to everything but chats for seconds; only its health tells."""
+    async with Vllm() as server:
+        machine = await boot(server)
+        await machine.serves("vllm", "Qwen/Qwen3-0.6B")
+        server.dead = True
+        job = await machine.send("vllm", "Qwen/Qwen3-0.6B")
+        assert isinstance(await machine.ended(job), Faulted)
+        await eventually(lambda: machine.down("vllm") == "the engine died")
+        polls = len(server.asked("/v1/models"))
+        await eventually(lambda: len(server.asked("/v1/models")) > polls + 2, what="two more polls")
+        assert machine.down("vllm") == "the engine died"
+        server.dead = False
+        await machine.serves("vllm", "Qwen/Qwen3-0.6B")
 
 
 async def test_a_model_that_is_pulled_appears_and_one_that_is_removed_disappears(boot: Boot) -> None:

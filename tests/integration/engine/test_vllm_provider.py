@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from bus.server import EmbeddedServer
 from schemas.errors import Fault, ProviderFailed
 from schemas.frames import Finished, Started
 from schemas.ids import WorkerId
+from schemas.jobs import EngineStats
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, VllmSettings, WorkerSettings
 from tests.factories import make_job
 from tests.fake_engine import fake_engine
@@ -40,8 +42,8 @@ async def start() -> AsyncIterator[Start]:
     """A provider that is closed when the test ends; *told* hears what it says of itself."""
     made: list[Vllm] = []
 
-    def start_one(told: list[str | None], **changes: Any) -> Vllm:
-        provider = Vllm.from_route(route_of(**changes), WorkerSettings())
+    def start_one(told: list[str | None], *flags: str, **changes: Any) -> Vllm:
+        provider = Vllm.from_route(route_of(*flags, **changes), WorkerSettings())
         made.append(provider)
         provider.attach(told.append)
         return provider
@@ -55,7 +57,7 @@ async def start() -> AsyncIterator[Start]:
 
 def route_of(*flags: str, idle_unload_s: float = 0.0, **changes: Any) -> RouteSettings:
     own = VllmSettings(command=(sys.executable, str(FAKE)), args=flags, idle_unload_s=idle_unload_s)
-    return RouteSettings(id=ROUTE, provider="vllm", max_concurrency=4, models=MODELS, vllm=own, **changes)
+    return RouteSettings(id=ROUTE, provider="vllm", models=MODELS, vllm=own, **{"max_concurrency": 4, **changes})
 
 
 async def up(told: list[str | None]) -> None:
@@ -80,7 +82,7 @@ async def test_a_server_that_knows_token_ids_is_asked_for_them(start: Start) -> 
 @pytest.mark.parametrize("strict", [True, False])
 async def test_a_server_that_knows_no_token_ids_is_not_asked_for_them(start: Start, strict: bool) -> None:
     told: list[str | None] = []
-    async with fake_engine(token_ids=False, strict=strict) as (engine, base_url):
+    async with fake_engine(token_ids=False, priority=False, strict=strict, metrics=False) as (engine, base_url):
         provider = start(told, base_url=base_url)
         await up(told)
         assert not provider.powers.token_ids
@@ -88,6 +90,121 @@ async def test_a_server_that_knows_no_token_ids_is_not_asked_for_them(start: Sta
         assert heard.text == "a b c"
         assert heard.tokens == 3
         assert "return_token_ids" not in engine.bodies[-1]
+        assert (provider.slots(), provider.stats()) == (None, None)
+
+
+FLEX = {"service_tier": "flex"}
+ASKED_PRIORITIES: list[tuple[dict[str, Any], object]] = [
+    ({}, None),
+    (FLEX, 1),
+    ({"service_tier": "auto"}, None),
+    ({"priority": 7}, 7),
+    ({"priority": -7}, 0),  # nobody goes before the others
+    ({"priority": -7, **FLEX}, 1),
+    ({"priority": 7, **FLEX}, 7),
+    ({"priority": "high"}, "high"),  # the engine's to refuse
+]
+
+
+@pytest.mark.parametrize(("members", "priority"), ASKED_PRIORITIES, ids=str)
+async def test_a_request_may_let_others_go_first_and_never_go_before_them(
+    start: Start, members: dict[str, Any], priority: object
+) -> None:
+    told: list[str | None] = []
+    async with fake_engine() as (engine, base_url):
+        provider = start(told, base_url=base_url)
+        await up(told)
+        assert provider.powers.priority
+        await hear(provider, make_job(asking(**members)))
+        assert engine.bodies[-1].get("priority") == priority
+
+
+@pytest.mark.parametrize("wanted", [{"priority": False}, {"token_ids": False, "priority": False}], ids=str)
+@pytest.mark.parametrize("strict", [True, False])
+async def test_priority_is_for_a_server_that_is_known_to_know_it(
+    start: Start, wanted: dict[str, bool], *, strict: bool
+) -> None:
+    """One that is silent about what it doesn't know shows by the token ids whether it is vLLM; then the member harms nothing."""
+    told: list[str | None] = []
+    async with fake_engine(strict=strict, **wanted) as (engine, base_url):
+        provider = start(told, base_url=base_url)
+        await up(told)
+        known = not strict and "token_ids" not in wanted
+        assert provider.powers.priority is known
+        await hear(provider, make_job(asking(**FLEX)))
+        assert ("priority" in engine.bodies[-1]) is known
+
+
+async def test_an_engine_says_itself_how_much_room_it_has_and_how_it_does(start: Start) -> None:
+    """A cache of 4096 tokens, and requests of 512 at most."""
+    told: list[str | None] = []
+    async with fake_engine() as (_, base_url):
+        provider = start(told, base_url=base_url, max_concurrency=None)
+        await up(told)
+        assert provider.slots() == 8
+        assert provider.stats() == EngineStats(running=0, waiting=0, cache_used=0.25, prefix_asked=200, prefix_found=50)
+        configured = start(told_of_second := [], base_url=base_url, max_concurrency=3)
+        await up(told_of_second)
+        assert configured.slots() is None, "what is configured counts"
+
+
+@pytest.mark.parametrize(
+    ("flags", "slots", "said"),
+    [((), None, "256"), ((), 5, "5"), (("--max-num-seqs=6",), None, "6"), (("--max_num_seqs", "7"), 5, "7")],
+)
+async def test_an_engine_of_its_own_is_told_how_many_at_once(
+    start: Start, flags: tuple[str, ...], slots: int | None, said: str
+) -> None:
+    told: list[str | None] = []
+    provider = start(told, *flags, max_concurrency=slots)
+    await up(told)
+    assert provider.engine is not None
+    line = provider.engine._command.log_file.read_text().splitlines()[0].replace("=", " ").replace("_", "-").split()
+    assert [line[at + 1] for at, word in enumerate(line) if word == "--max-num-seqs"][-1] == said
+    assert provider.slots() == (None if slots else min(8, int(said)))
+
+
+async def test_an_engine_that_dies_behind_its_front_end_is_down_at_once_and_comes_back(start: Start) -> None:
+    """The front end lives on here for as long as it likes; vLLM's takes some four seconds to end itself."""
+    told: list[str | None] = []
+    provider = start(told)
+    await up(told)
+    other = asyncio.create_task(hear(provider, make_job(asking("endless", stream=True))))
+    await eventually(lambda: provider._running == 1, what="another stream")
+    told.clear()
+    with pytest.raises(ProviderFailed):
+        await hear(provider, make_job(asking("die", stream=True)))
+    assert told[0] == "the engine died", "before the job's slot is free again"
+    with pytest.raises(Fault):
+        await other
+    with pytest.raises(Fault):
+        await hear(provider, make_job(asking(stream=True)))
+    await up(told)
+    assert (await hear(provider, make_job(asking(stream=True)))).text == "a b c"
+
+
+async def test_a_server_whose_engine_died_is_down_at_once_and_up_when_it_lives_again(start: Start) -> None:
+    told: list[str | None] = []
+    async with fake_engine() as (engine, base_url):
+        provider = start(told, base_url=base_url)
+        await up(told)
+        with pytest.raises(ProviderFailed):
+            await hear(provider, make_job(asking("die", stream=True)))
+        assert told[-1] == "the engine died"
+        await eventually(lambda: any("test request" in (word or "") for word in told), what="it is tried again")
+        engine.dead = False
+        await eventually(lambda: told[-1] is None, timeout_s=15, what="it is up")
+
+
+async def test_a_fault_that_is_not_the_engines_end_leaves_the_route_up(start: Start) -> None:
+    told: list[str | None] = []
+    async with fake_engine(strict=True) as (_, base_url):
+        provider = start(told, base_url=base_url)
+        await up(told)
+        heard = len(told)
+        with pytest.raises(Fault):
+            await hear(provider, make_job(asking("hang up", stream=True)))
+        assert len(told) == heard
 
 
 async def test_an_engine_of_its_own_serves_and_is_gone_when_it_is_closed(start: Start) -> None:

@@ -1,0 +1,82 @@
+"""vLLM's own numbers, out of the text of its /metrics; pure.
+
+Names and labels have changed between its releases: what isn't there is not known.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from schemas.jobs import EngineStats
+
+TOKENS_A_SLOT = 2048  # of the cache, for a request as they mostly are; the engine itself lets those wait that don't fit
+SEQUENCES_MAX = 256  # --max-num-seqs where nobody says otherwise: vLLM's own default on most machines
+
+_LINE = re.compile(r"^vllm:(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_USED = ("kv_cache_usage_perc", "gpu_cache_usage_perc")
+_ASKED = ("prefix_cache_queries_total", "gpu_prefix_cache_queries_total")
+_FOUND = ("prefix_cache_hits_total", "gpu_prefix_cache_hits_total")
+
+Values = dict[str, list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """*cache_tokens* is how many tokens' keys and values there is memory for. With data parallelism: of all engines."""
+
+    stats: EngineStats
+    cache_tokens: int | None = None
+
+
+def read(text: str) -> Numbers | None:
+    """None if these are no numbers of a vLLM's."""
+    values: Values = {}
+    cache_tokens: int | None = None
+    for name, labels, value in _LINE.findall(text):
+        if name == "cache_config_info":
+            tokens = _cache_tokens(dict(_LABEL.findall(labels)))
+            cache_tokens = tokens if tokens is None else tokens + (cache_tokens or 0)
+        elif (number := _float(value)) is not None:
+            values.setdefault(name, []).append(number)
+    if "num_requests_running" not in values:
+        return None
+    asked, found = _first(values, _ASKED), _first(values, _FOUND)
+    used = _first(values, _USED)
+    stats = EngineStats(
+        running=int(sum(values["num_requests_running"])),
+        waiting=int(sum(values.get("num_requests_waiting", ()))),
+        cache_used=max(used) if used else None,
+        prefix_asked=int(sum(asked)) if asked else None,
+        prefix_found=int(sum(found)) if found else None,
+    )
+    return Numbers(stats, cache_tokens)
+
+
+def room(cache_tokens: int | None, *, context_tokens: int | None, sequences_max: int) -> int:
+    """How many requests the engine has room for at once."""
+    if cache_tokens is None:
+        return sequences_max
+    return max(1, min(sequences_max, cache_tokens // min(TOKENS_A_SLOT, context_tokens or TOKENS_A_SLOT)))
+
+
+def _cache_tokens(config: dict[str, str]) -> int | None:
+    """As it says; else, before it said so itself, by its blocks."""
+    said = config.get("kv_cache_size_tokens", "")
+    blocks, size = config.get("num_gpu_blocks", ""), config.get("block_size", "")
+    if said.isdecimal():
+        return int(said)
+    return int(blocks) * int(size) if blocks.isdecimal() and size.isdecimal() else None
+
+
+def _first(values: Values, names: tuple[str, ...]) -> list[float]:
+    return next((values[name] for name in names if name in values), [])
+
+
+def _float(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 <= number < float("inf") else None
