@@ -16,10 +16,8 @@ help:  ## Show this
 up: $(VENV)/.runtime  ## Run Penstock on this machine (ARGS="--port 9000 --config penstock.toml")
 	@exec $(BIN)/penstock up $(ARGS)
 
-test: $(VENV)/.dev  ## Lint, types and all tests that need no vLLM and no GPU
-	@$(MAKE) --no-print-directory lint types
-	@tools/run-tests $(ARGS)
-	@$(MAKE) --no-print-directory conformance
+test: $(VENV)/.dev  ## Lint, types and all tests that need no vLLM and no GPU (ARGS="tests/e2e -x" for some)
+	@$(PYTHON) tools/run-tests $(ARGS)
 
 conformance: $(VENV)/.dev  ## openai-python's own tests, chat and models, against `penstock up`
 	@$(BIN)/python tools/conformance
