@@ -11,6 +11,7 @@ import asyncio
 import base64
 import os
 from collections import deque
+from collections.abc import Callable
 from itertools import count
 
 import structlog
@@ -25,7 +26,7 @@ from schemas.events import Event
 log = structlog.get_logger()
 
 PAGE_EVENTS_MAX = 1024
-PAGE_HEADER_BYTES = 256  # room for the message id: the stream's bound counts the headers, too
+PAGE_HEADER_BYTES = 512  # room for the message id and the fence: the stream's bound counts the headers, too
 EVENT_MAX_BYTES = PAGE_MAX_BYTES - PAGE_HEADER_BYTES
 WAITING_EVENTS_MAX = 100_000
 ACK_TIMEOUT_S = 5.0
@@ -33,15 +34,36 @@ RETRY_WAIT_S = 0.1
 SWEEP_EVERY_S = 0.25
 RETRY_BLINDLY_FOR_S = 300.0  # shorter than the stream's duplicate window, in which it knows a page by its message id
 
+EXPECTED_LAST = "Nats-Expected-Last-Subject-Sequence"
+EXPECTED_LAST_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
+
 NO_MESSAGE = 10037
 PAGE_REFUSED = 10054  # "message size exceeds maximum allowed": trying again can't help
+WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # there is a fence; in a cluster also: this page is on its way already
+FENCED = "This server was out of reach for too long, and its requests have been closed. Retry."
 
 
 class EventLog:
-    """Appends the events of one *producer*; each producer has a subject of its own."""
+    """Appends the events of one *producer*; each producer has a subject of its own.
 
-    def __init__(self, connection: Connection, publisher: Publisher, *, producer: str) -> None:
+    With a *fence*, a subject of the same stream, nothing is stored any more once there is a message on that. The stream itself
+    sees to it, so what stands before the fence is all there is. *on_fenced* is called when this is noticed.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        publisher: Publisher,
+        *,
+        producer: str,
+        fence: str | None = None,
+        on_fenced: Callable[[], None] | None = None,
+    ) -> None:
         self.producer = producer
+        self.fenced = False
+        self._fence = fence
+        self._on_fenced = on_fenced
+        self._conditions = {} if fence is None else {EXPECTED_LAST: "0", EXPECTED_LAST_SUBJECT: fence}
         self._connection = connection
         self._publisher = publisher
         self._subject = subjects.events(producer)
@@ -60,7 +82,7 @@ class EventLog:
     def append(self, event: Event) -> asyncio.Future[None]:
         """Takes *event* at once, in the order of the calls; the future resolves when it is durable.
 
-        Raises: LogUnavailable at once when too many wait or *event* is larger than a page.
+        Raises: LogUnavailable at once when too many wait, *event* is larger than a page, or the log is fenced.
         """
         future: asyncio.Future[None] = self._loop.create_future()
         self._take(event, future)
@@ -106,7 +128,17 @@ class EventLog:
         while self._writer is not None:
             await asyncio.wait([self._writer])
 
+    async def look_for_fence(self) -> None:
+        """For a process that was out of reach: notices a fence now instead of with the next page.
+
+        Raises: ApiError, BusUnavailable.
+        """
+        if not self.fenced and await self._is_fenced():
+            self._stop()
+
     def _take(self, event: Event, future: asyncio.Future[None] | None) -> None:
+        if self.fenced:
+            raise LogUnavailable(FENCED)
         if len(self._waiting) >= WAITING_EVENTS_MAX:
             raise LogUnavailable
         line = codec.encode(event)
@@ -154,9 +186,8 @@ class EventLog:
         failed = False
         while True:
             try:
-                if self._loop.time() - began < RETRY_BLINDLY_FOR_S or not await self._is_last(number):
-                    headers = {"Nats-Msg-Id": number}
-                    await self._publisher.publish(self._subject, page, timeout_s=ACK_TIMEOUT_S, headers=headers)
+                blindly = self._loop.time() - began < RETRY_BLINDLY_FOR_S
+                stored = (not blindly and await self._is_last(number)) or await self._publish(page, number)
             except (BusUnavailable, ApiError, MessageTooLarge) as error:
                 if isinstance(error, MessageTooLarge) or getattr(error, "error_code", None) == PAGE_REFUSED:
                     return LogUnavailable(f"the event log could not be written: {error.message}")
@@ -167,18 +198,61 @@ class EventLog:
             else:
                 if failed:
                     log.info("event_log_back", waiting=len(self._waiting))
-                return None
+                return None if stored else LogUnavailable(FENCED)
+
+    async def _publish(self, page: bytes, number: str) -> bool:
+        """Stores *page*, if it isn't stored. False if there is a fence before it.
+
+        Raises: ApiError, BusUnavailable, MessageTooLarge.
+        """
+        headers = {"Nats-Msg-Id": number, **self._conditions}
+        try:
+            await self._publisher.publish(self._subject, page, timeout_s=ACK_TIMEOUT_S, headers=headers)
+        except ApiError as error:
+            if error.error_code not in WRONG_LAST_SEQUENCE:
+                raise
+            if await self._is_last(number):
+                return True  # stored before the fence, and its acknowledgement was lost
+            if not await self._is_fenced():
+                raise
+            self._stop()
+            return False
+        return True
+
+    async def _is_fenced(self) -> bool:
+        """Raises: ApiError, BusUnavailable."""
+        return self._fence is not None and await self._last_on(self._fence) is not None
+
+    def _stop(self) -> None:
+        """Behind the fence: who waits is told, and nothing more is taken."""
+        if self.fenced:
+            return
+        self.fenced = True
+        log.error("log_fenced", waiting=len(self._waiting))
+        for _, future in self._waiting:
+            if future is not None and not future.done():
+                future.set_exception(LogUnavailable(FENCED))
+        self._waiting.clear()
+        if self._on_fenced is not None:
+            self._on_fenced()
 
     async def _is_last(self, number: str) -> bool:
         """Whether the page with the message id *number* was stored already: nobody else writes to our subject.
 
         Raises: ApiError, BusUnavailable.
         """
+        headers = await self._last_on(self._subject)
+        return headers is not None and f"Nats-Msg-Id: {number}\r\n".encode() in headers
+
+    async def _last_on(self, subject: str) -> bytes | None:
+        """The headers of the last message on *subject*; None if there is none.
+
+        Raises: ApiError, BusUnavailable.
+        """
         try:
-            answer = await self._connection.api(f"STREAM.MSG.GET.{subjects.EVENTS}", {"last_by_subj": self._subject})
+            answer = await self._connection.api(f"STREAM.MSG.GET.{subjects.EVENTS}", {"last_by_subj": subject})
         except ApiError as error:
             if error.error_code == NO_MESSAGE:
-                return False
+                return None
             raise
-        headers = base64.b64decode(answer["message"].get("hdrs", ""))
-        return f"Nats-Msg-Id: {number}\r\n".encode() in headers
+        return base64.b64decode(answer["message"].get("hdrs", ""))

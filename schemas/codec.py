@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from schemas.frames import AnyFrame
-from schemas.jobs import Command, Job, Presence
+from schemas.jobs import Command, IngressPresence, Job, Presence
 
 _encoder = msgspec.json.Encoder(order="deterministic")
 
@@ -14,3 +14,4 @@ decode_frame = msgspec.json.Decoder(AnyFrame).decode
 decode_job = msgspec.json.Decoder(Job).decode
 decode_command = msgspec.json.Decoder(Command).decode
 decode_presence = msgspec.json.Decoder(Presence).decode
+decode_ingress_presence = msgspec.json.Decoder(IngressPresence).decode

@@ -12,6 +12,8 @@ from msgspec import Struct
 from schemas.ids import EventId, KeyId, OrgId, RequestId, RouteId, WorkerId
 from schemas.money import Price, Usage
 
+INGRESS_LOST = "ingress_lost"  # the code of what ended because the ingress that served it died
+
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="kind"):
     """The envelope. ``ts_ns`` is UTC nanoseconds since 1970; ``epoch`` is 0 where no attempt is meant."""
@@ -36,6 +38,11 @@ class RequestAccepted(Event, frozen=True, kw_only=True, tag="request.accepted"):
     body_bytes: int
     price: Price  # of the plan's first route, fixed at admission
     hold_pico: int = 0
+    announced: bool = (
+        False  # its ingress says regularly that it is there, and stops at a fence; earlier releases' don't
+    )
+    models: tuple[str, ...] = ()  # of each route of the plan, where one differs from the client's
+    prices: tuple[Price, ...] = ()  # of each route of the plan, where one differs from the first's
 
 
 class RequestRejected(Event, frozen=True, kw_only=True, tag="request.rejected"):

@@ -58,6 +58,7 @@ class Job(Struct, frozen=True, kw_only=True):
     timeouts: Timeouts
     body: Raw  # the client's JSON, untouched
     continuation: Continuation | None = None  # what the answer goes on behind, when it isn't its beginning
+    announced: bool = False  # the ingress says regularly that it is there; earlier releases' don't
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,6 +187,20 @@ class Presence(Struct, frozen=True, kw_only=True):
     started_ns: int = 0  # UTC, when the process began
     version: str = ""
     listens: bool = False  # to `here.<worker>`, so that nobody's listening there tells that its connection is gone
+
+
+class IngressState(StrEnum):
+    SERVING = "serving"
+    GONE = "gone"  # and everything it had to record is recorded
+
+
+class IngressPresence(Struct, frozen=True, kw_only=True):
+    """What an ingress says of itself every `PRESENCE_EVERY_S`: who works for it, or keeps its books, would otherwise go on in vain."""
+
+    ingress: IngressId
+    state: IngressState = IngressState.SERVING
+    started_ns: int = 0  # UTC, when the process began
+    version: str = ""
 
 
 PRESENCE_EVERY_S = 2.0

@@ -106,9 +106,12 @@ class LedgerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     sql_threads: int = 2
     sql_max_concurrent: int = 4
     sql_max_result_bytes: int = 64 * MIB
+    ingress_silence_s: float = 15.0  # of an ingress, until it is taken for dead
+    receipt_wait_s: float = 10.0  # from then on for the receipts of its requests, until these are closed
 
 
 class UpSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    ingresses: int = 1  # ingress processes; they share the port
     workers: int = 1  # worker processes; each serves every configured route
 
 

@@ -2,11 +2,13 @@
 
 jobs.<model>.<route>.<lane>.<org>     JOBS, one job a message
 events.<producer>                     EVENTS, one page a message
+events.fence.<ingress>                EVENTS, empty: from here on nothing that this ingress writes is stored
 control.<entity>.<id>                 CONTROL, one fact a message
 w.<worker>.<ingress>.<nonce>          frames of one attempt (core)
 ctl.<worker>  ctl.all                 commands to a worker, or to all (core)
 presence.<worker>                     presence (core)
 here.<worker>                         says nothing: whether somebody listens there tells whether the worker is connected (core)
+presence.ingress.<ingress>            presence of an ingress (core)
 
 A name from outside (a model, a route, an org) is not a subject token: dots split tokens, `*` and `>` are wildcards. `token`
 encodes any non-empty text reversibly with letters, digits, `-` and `_`; every other byte of its UTF-8 becomes `=` and two hex digits.
@@ -28,6 +30,7 @@ ALL_JOBS = "jobs.>"
 ALL_EVENTS = "events.>"
 ALL_CONTROL = "control.>"
 ALL_PRESENCE = "presence.*"
+ALL_INGRESS_PRESENCE = "presence.ingress.*"
 EVERY_WORKER = "ctl.all"
 
 TOKEN_MAX_CHARS = 200
@@ -84,6 +87,10 @@ def producer_of(subject: str) -> str:
     return text_of(subject.removeprefix("events."))
 
 
+def fence(ingress: IngressId) -> str:
+    return f"events.fence.{token(ingress)}"
+
+
 def control(entity: str, id_: str) -> str:
     return f"control.{token(entity)}.{token(id_)}"
 
@@ -112,3 +119,7 @@ def here(worker: WorkerId) -> str:
 
 def presence(worker: WorkerId) -> str:
     return f"presence.{worker}"
+
+
+def ingress_presence(ingress: IngressId) -> str:
+    return f"presence.ingress.{ingress}"
