@@ -117,7 +117,7 @@ class EventLog:
         self._sweeper = None
 
     def note(self, event: Event) -> None:
-        """Like `append`, for events that nobody waits for.
+        """Like `append`, for events that nobody waits for; nobody misses one behind a fence.
 
         Raises: LogUnavailable at once when too many wait or *event* is larger than a page.
         """
@@ -138,6 +138,8 @@ class EventLog:
 
     def _take(self, event: Event, future: asyncio.Future[None] | None) -> None:
         if self.fenced:
+            if future is None:
+                return
             raise LogUnavailable(FENCED)
         if len(self._waiting) >= WAITING_EVENTS_MAX:
             raise LogUnavailable

@@ -17,11 +17,10 @@ from schemas.errors import BacklogFull, PenstockError
 from schemas.events import AttemptLost, AttemptStarted, RequestAccepted, RequestFinished
 from schemas.frames import Delta, Finished
 from schemas.ids import EventId, RequestId, new_id
-from schemas.money import Usage, cost
+from schemas.money import Usage, cost, estimate
 
 RECORD_WAIT_S = 30.0  # how long an answer waits for the log before it becomes an error
 RECORD_FAILURE_WAIT_S = 1.0  # an error need not wait for its event: the log keeps it
-PROMPT_BYTES_PER_TOKEN = 4  # for an estimate, when no provider tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +175,8 @@ class Books:
         await self._log.record(event, within_s=within_s)
 
     def estimate(self) -> Usage:
-        prompt_tokens = max(1, len(self.request.messages_raw) // PROMPT_BYTES_PER_TOKEN)
         tokens = 0 if self._attempt is None else self._attempt.tokens
-        return Usage(prompt_tokens=prompt_tokens, completion_tokens=tokens)
+        return estimate(prompt_bytes=len(self.request.messages_raw), completion_tokens=tokens)
 
     def _spent(self, *, left: bool = False) -> Usage:
         """What a request that did not complete has used.
@@ -193,6 +191,7 @@ class Books:
         return self.estimate() if began else Usage()
 
     def _accepted_event(self) -> RequestAccepted:
+        legs = self.plan.legs
         return RequestAccepted(
             id=EventId(new_id()),
             ts_ns=self.arrival.ns,
@@ -205,7 +204,11 @@ class Books:
             stream=self.request.stream,
             prompt_hash=self._prompt_hash,
             body_bytes=self._body_bytes,
-            price=self.plan.legs[0].price,
+            price=legs[0].price,
+            announced=True,
+            prompt_bytes=len(self.request.messages_raw),
+            models=tuple(leg.model for leg in legs) if {leg.model for leg in legs} != {self.request.model} else (),
+            prices=tuple(leg.price for leg in legs) if any(leg.price != legs[0].price for leg in legs) else (),
         )
 
     def _finished(

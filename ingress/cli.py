@@ -27,7 +27,7 @@ REQUEST_TIMEOUT_S = 30.0
 @click.option("--host", help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port to listen on; 0 is any free one.")
 @click.option("--fd", type=int, hidden=True, help="An inherited listening socket.")
-@click.option("--name", help="This process's name; one word, new at each start by default.")
+@click.option("--name", help="What this process's name begins with; the rest is new at each start.")
 @click.option("--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Written once requests are taken.")
 def ingress(
     *,
@@ -56,7 +56,7 @@ def ingress(
         run_ingress(
             settings,
             nats_url=nats_url,
-            name=IngressId(name or new_name("ingress")),
+            name=IngressId(new_name(name or "ingress")),
             setup=setup,
             fd=fd,
             ready_file=ready_file,

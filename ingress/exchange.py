@@ -250,6 +250,7 @@ class Exchange:
             accepted_ns=books.arrival.ns,
             timeouts=self._s.timeouts,
             body=Raw(self._body),
+            announced=True,
         )
 
 

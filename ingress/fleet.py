@@ -17,6 +17,8 @@ from schemas.money import Price
 log = structlog.get_logger()
 
 SWEEP_EVERY_S = 0.5
+QUIET_S = 0.1
+GATHER_MAX_S = 1.0
 LOST_AFTER_S = PRESENCE_EVERY_S * PRESENCE_MISSED_MAX
 WORKERS_MAX = 100_000
 
@@ -41,6 +43,18 @@ class Fleet:
         self._connection.on_reconnect(self._on_reconnect)
         self._sweeper = asyncio.create_task(self._sweep(), name="fleet-sweep")
         await self._ask()
+
+    async def gather(self) -> None:
+        """Returns when those who were asked at the start have had time to answer: a process that begins knows no model before.
+
+        That is `QUIET_S` after the last answer, or `GATHER_MAX_S` if nobody is there.
+        """
+        until = self._loop.time() + GATHER_MAX_S
+        while (now := self._loop.time()) < until:
+            newest = max((at for _, at in self._heard.values()), default=None)
+            if newest is not None and now - newest >= QUIET_S:
+                return
+            await asyncio.sleep(QUIET_S / 4)
 
     async def stop(self) -> None:
         if self._sweeper is not None:

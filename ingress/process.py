@@ -16,7 +16,8 @@ import uvicorn
 
 from bus.connection import connect
 from bus.control import ControlFeed
-from bus.log import EventLog
+from bus.log import FENCED, EventLog
+from bus.presence import Beacon
 from bus.publisher import Publisher
 from bus.queue import JobQueue
 from bus.streams import await_streams, ensure_streams
@@ -28,7 +29,8 @@ from ingress.fleet import Fleet
 from ingress.protocol import bounded_protocol
 from ingress.relay import Switchboard
 from ingress.router import Router
-from schemas.errors import SetupError
+from schemas import subjects
+from schemas.errors import LogUnavailable, SetupError
 from schemas.ids import IngressId
 from schemas.local import write_private
 from schemas.settings import Settings
@@ -56,7 +58,7 @@ async def run_ingress(
     """Serves until SIGTERM or SIGINT; then finishes what runs, within ``ingress.drain_s``.
 
     *fd* is a listening socket that somebody else keeps open for us; without it we bind one.
-    Raises: SetupError.
+    Raises: SetupError; LogUnavailable if it was taken for dead and its requests were closed.
     """
     sock = _listening_socket(settings.ingress.host, settings.ingress.port, fd)
     connection = await connect(nats_url, name=name)
@@ -64,7 +66,9 @@ async def run_ingress(
     connection.on_reconnect(lambda: ensure_streams(connection, settings.nats))  # JOBS lives in memory
     publisher = Publisher(connection)
     await publisher.start()
-    event_log = EventLog(connection, publisher, producer=name)
+    fenced = asyncio.Event()
+    event_log = EventLog(connection, publisher, producer=name, fence=subjects.fence(name), on_fenced=fenced.set)
+    beacon = Beacon(connection, name, on_lapse=event_log.look_for_fence)
     control = ControlFeed(connection, publisher)
     await control.start()
     await state_setup(control, setup, producer=name)
@@ -73,6 +77,8 @@ async def run_ingress(
     fleet = Fleet(connection)
     fleet.on_lost(switchboard.lose)
     await fleet.start()
+    await fleet.gather()
+    await beacon.start()
     services = Services(
         ingress=name,
         log=event_log,
@@ -105,16 +111,28 @@ async def run_ingress(
     settle_collector()
     if ready_file is not None:
         write_private(ready_file, msgspec.json.encode({"port": port, "pid": os.getpid()}))
+    ending = asyncio.create_task(_end_when_fenced(fenced, server), name="fence")
     await server.serve(sockets=[sock])
     await _last_words(server)
+    ending.cancel()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FLUSH_WAIT_S):
             await event_log.flush()
+    await beacon.stop()
     await fleet.stop()
     await control.stop()
     await publisher.stop()
     await connection.close()
+    if event_log.fenced:
+        raise LogUnavailable(FENCED)
     log.info("stopped")
+
+
+async def _end_when_fenced(fenced: asyncio.Event, server: uvicorn.Server) -> None:
+    """What runs here is closed in the books, and no success may be told any more: it ends now, and a new process begins anew."""
+    await fenced.wait()
+    server.config.timeout_graceful_shutdown = 0
+    server.should_exit = True
 
 
 async def _last_words(server: uvicorn.Server) -> None:

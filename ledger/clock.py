@@ -12,3 +12,8 @@ _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - the database's TIMESTAMP has no 
 def utc(ns: int) -> datetime:
     """*ns* from 0 to `NS_MAX`; cut to microseconds."""
     return _EPOCH + timedelta(microseconds=ns // 1000)
+
+
+def ns_of(time: datetime) -> int:
+    """The other way round: nanoseconds since 1970 of one of the database's timestamps."""
+    return (time - _EPOCH) // timedelta(microseconds=1) * 1000

@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,19 @@ import msgspec
 import structlog
 import uvicorn
 
-from bus.connection import connect
+from bus.connection import Connection, connect
+from bus.log import EventLog
+from bus.presence import Roll
+from bus.publisher import Publisher
 from bus.streams import await_streams
+from ledger.opens import StoredOpens
+from ledger.pen import PRODUCER, LogPen
 from ledger.query import Queries
+from ledger.reconciler import Reconciler
 from ledger.server import build_app
 from ledger.store import FILE, Store
 from ledger.writer import Writer
+from schemas import subjects
 from schemas.errors import SetupError
 from schemas.local import write_private
 from schemas.settings import MIB, LedgerSettings, Settings
@@ -33,6 +40,7 @@ DATA_HEADROOM_BYTES = 1024 * MIB  # what the process may have beyond the queries
 HTTP_STOP_S = 1
 KEEP_ALIVE_S = 30
 BACKLOG = 512
+FLUSH_WAIT_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +85,8 @@ async def run_ledger(settings: Settings, place: Place) -> None:
                         timeout_graceful_shutdown=HTTP_STOP_S,
                     )
                 )
-                await _serve(server, sock, writer=writer, queries=queries, stop=stop, place=place)
+                work = reconciling(connection, store, writer, settings.ledger)
+                await _serve(server, sock, work, writer=writer, queries=queries, stop=stop, place=place)
         finally:
             await connection.close()
     finally:
@@ -88,9 +97,49 @@ async def run_ledger(settings: Settings, place: Place) -> None:
         os._exit(0)
 
 
+@contextlib.asynccontextmanager
+async def reconciling(
+    connection: Connection, store: Store, writer: Writer, settings: LedgerSettings
+) -> AsyncIterator[None]:
+    """Meanwhile what dead ingresses left open is closed. Raises: ApiError, BusUnavailable."""
+    publisher = Publisher(connection)
+    await publisher.start()
+    event_log = EventLog(connection, publisher, producer=PRODUCER)
+    roll = Roll(connection)
+    await roll.start()
+    opens = StoredOpens(store.cursor, lambda: writer.cursors[subjects.EVENTS].last_seq)
+    reconciler = Reconciler(
+        opens,
+        LogPen(event_log, publisher),
+        roll.silent_s,
+        silence_s=settings.ingress_silence_s,
+        receipt_wait_s=settings.receipt_wait_s,
+    )
+    reviewing = asyncio.create_task(reconciler.run(), name="reconciler")
+    try:
+        yield
+    finally:
+        reviewing.cancel()
+        await asyncio.gather(reviewing, return_exceptions=True)
+        opens.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_WAIT_S):
+                await event_log.flush()
+        await roll.stop()
+        await publisher.stop()
+
+
 async def _serve(
-    server: uvicorn.Server, sock: socket.socket, *, writer: Writer, queries: Queries, stop: asyncio.Event, place: Place
+    server: uvicorn.Server,
+    sock: socket.socket,
+    work: contextlib.AbstractAsyncContextManager[None],
+    *,
+    writer: Writer,
+    queries: Queries,
+    stop: asyncio.Event,
+    place: Place,
 ) -> None:
+    """Serves, stores and does *work* until *stop*."""
     storing = asyncio.create_task(writer.run(), name="writer")
     stopping = asyncio.create_task(stop.wait(), name="stop")
     knowing = asyncio.create_task(writer.keys_known(), name="keys")
@@ -101,7 +150,8 @@ async def _serve(
     if place.ready_file is not None and knowing.done():
         write_private(place.ready_file, msgspec.json.encode({"url": url, "pid": os.getpid()}) + b"\n")
     try:
-        await asyncio.wait([storing, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        async with work:
+            await asyncio.wait([storing, serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         writer.stop()
         await storing
     finally:

@@ -52,6 +52,8 @@ def fact(event: AnyEvent, position: int) -> Fact | None:  # noqa: PLR0911 - one 
                 stream=event.stream,
                 accepted_at=utc(event.ts_ns),
                 prompt_hash=event.prompt_hash,
+                ingress=event.producer,
+                announced=event.announced,
             )
         case RequestRejected():
             return EndRow(
@@ -118,6 +120,7 @@ def _finished(event: RequestFinished, position: int) -> EndRow:
         finish_reason=event.finish_reason,
         estimated=event.estimated,
         prompt_hash=event.prompt_hash,
+        price_known=not event.price.unknown,
     )
 
 

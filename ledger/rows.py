@@ -31,6 +31,8 @@ class OpenRow(Struct, frozen=True, kw_only=True, gc=False):
     stream: bool
     accepted_at: datetime
     prompt_hash: str
+    ingress: str
+    announced: bool
 
 
 class EndRow(Struct, frozen=True, kw_only=True, gc=False):
@@ -63,6 +65,7 @@ class EndRow(Struct, frozen=True, kw_only=True, gc=False):
     finish_reason: str | None = None
     estimated: bool = False
     prompt_hash: str | None = None
+    price_known: bool | None = None
 
 
 class StartRow(Struct, frozen=True, kw_only=True, gc=False):

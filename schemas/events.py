@@ -38,9 +38,8 @@ class RequestAccepted(Event, frozen=True, kw_only=True, tag="request.accepted"):
     body_bytes: int
     price: Price  # of the plan's first route, fixed at admission
     hold_pico: int = 0
-    announced: bool = (
-        False  # its ingress says regularly that it is there, and stops at a fence; earlier releases' don't
-    )
+    announced: bool = False  # its ingress says that it is there, and stops at a fence; those of earlier releases don't
+    prompt_bytes: int = 0  # of the messages: what an estimate of the prompt's tokens is made of
     models: tuple[str, ...] = ()  # of each route of the plan, where one differs from the client's
     prices: tuple[Price, ...] = ()  # of each route of the plan, where one differs from the first's
 

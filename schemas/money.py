@@ -45,6 +45,8 @@ class Price(Struct, frozen=True, kw_only=True, omit_defaults=True):
     unknown: bool = False  # nobody stated a price: what is counted at it costs 0, but that doesn't make it free
 
 
+PROMPT_BYTES_PER_TOKEN = 4
+
 FREE = Price()
 UNKNOWN = Price(unknown=True)
 
@@ -63,6 +65,11 @@ def cost(usage: Usage, price: Price) -> Pico:
         + reasoning * _or(price.reasoning, price.output)
         + audio_out * _or(price.audio_output, price.output)
     )
+
+
+def estimate(*, prompt_bytes: int, completion_tokens: int) -> Usage:
+    """The usage where no provider told it: the prompt by its length, the answer as it was counted on its way."""
+    return Usage(prompt_tokens=max(1, prompt_bytes // PROMPT_BYTES_PER_TOKEN), completion_tokens=completion_tokens)
 
 
 def micro_per_million(dollars: Decimal | int | str) -> int:

@@ -62,7 +62,8 @@ async def test_nothing_is_stored_behind_a_fence_and_everybody_who_waits_is_told(
         with pytest.raises(LogUnavailable):
             await each
     with pytest.raises(LogUnavailable):
-        log.note(make_event())
+        log.append(make_event())
+    log.note(make_event())
     await other.append(elsewhere)
     assert [event for _, event in await _stored(connection)] == [before, elsewhere]
     assert log.fenced

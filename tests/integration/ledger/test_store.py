@@ -19,6 +19,7 @@ from ledger.store import FILE, Store, StoreFailed
 from schemas import subjects
 from schemas.codec import encode
 from schemas.errors import SetupError
+from schemas.money import UNKNOWN
 from schemas.settings import LedgerSettings
 from tests.integration.ledger.conftest import Log, rows
 from tests.unit.ledger import samples
@@ -186,3 +187,36 @@ def test_a_query_that_outgrows_its_memory_spills_into_the_ledgers_folder(
     store.close()
     assert [path.name for path in (home / FILE).parent.iterdir()] == ["ledger.duckdb"]
     assert LedgerSettings().sql_memory_mib >= 128
+
+
+def test_a_ledger_of_before_learns_which_prices_were_known_and_whose_its_open_requests_are(tmp_path: Path) -> None:
+    ended = [samples.finished(1, price=UNKNOWN), samples.finished(2)]
+    with duckdb.connect(str(tmp_path / "old.duckdb")) as connection:
+        migrate(connection, released()[:5])
+        for position, event in enumerate([*ended, samples.accepted(3, producer="ingress-of-old")], 1):
+            connection.execute(
+                "insert into events (log, position, stream_seq, id, kind, request_id, producer, payload) "
+                "values ('EVENTS', ?, 1, ?, ?, ?, ?, ?)",
+                [
+                    position,
+                    event.id,
+                    event.__struct_config__.tag,
+                    event.request_id,
+                    event.producer,
+                    encode(event).decode(),
+                ],
+            )
+        connection.execute(
+            "insert into facts.request_ends (position, request_id, status) select 1, ?, 'completed'", [samples.uuid(1)]
+        )
+        connection.execute(
+            "insert into facts.request_ends (position, request_id, status) select 2, ?, 'completed'", [samples.uuid(2)]
+        )
+        connection.execute("insert into facts.request_opens (position, request_id) select 3, ?", [samples.uuid(3)])
+        migrate(connection)
+        told = connection.execute("select price_known from requests order by request_id").fetchall()
+        assert told == [(False,), (True,), (None,)]
+        opens = connection.execute("select ingress, announced from facts.request_opens").fetchall()
+        assert opens == [("ingress-of-old", False)]
+        with pytest.raises(duckdb.Error, match="append-only"):
+            connection.execute("update facts.request_ends set cost_pico = 0")

@@ -13,7 +13,7 @@ from ledger.guard import VIEWS
 from ledger.store import Store
 from schemas import subjects
 from schemas.events import Event
-from schemas.money import Price, Usage
+from schemas.money import FREE, UNKNOWN, Price, Usage
 from tests.integration.ledger.conftest import Log, records, rows
 from tests.unit.ledger import samples
 
@@ -57,7 +57,25 @@ def test_a_finished_request_has_every_column(store: Store, log: Log) -> None:
         "finish_reason": "stop",
         "estimated": False,
         "prompt_hash": samples.PROMPT_HASH,
+        "price_known": True,
     }
+
+
+def test_a_cost_of_nothing_is_told_from_a_price_that_nobody_knew(store: Store, log: Log) -> None:
+    log.write(
+        [
+            samples.finished(1, price=UNKNOWN, cost_pico=0),
+            samples.finished(2, price=FREE, cost_pico=0),
+            samples.accepted(3, price=UNKNOWN),
+            samples.rejected(4),
+        ]
+    )
+    assert rows(store, "select cost_usd, price_known from requests order by request_id") == [
+        (Decimal(0), False),
+        (Decimal(0), True),
+        (None, None),
+        (Decimal(0), None),
+    ]
 
 
 @pytest.mark.parametrize("pico", [0, 1, 999_999_999_999, 10**12, 123_456_789_012_345_678, 2**63 - 1])

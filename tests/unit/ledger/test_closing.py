@@ -1,0 +1,80 @@
+"""What a request is billed whose ingress died: what the receipts say."""
+
+from __future__ import annotations
+
+import pytest
+
+from ledger.closing import closing
+from schemas.events import Event, RequestFinished
+from schemas.ids import EventId
+from schemas.money import Price, Usage, cost
+from tests.unit.ledger import samples
+from tests.unit.ledger.samples import MS_NS, NOON_NS, PRICE, USAGE
+
+OTHER = Price(input=1, output=2)
+
+
+def close(*events: Event) -> RequestFinished:
+    end = closing(events, id_=EventId(samples.event_id()), now_ns=NOON_NS + 30_000 * MS_NS, producer="ledger")
+    assert end is not None
+    return end
+
+
+def test_the_providers_own_figure_is_billed() -> None:
+    end = close(samples.accepted(hold_pico=77), samples.started(), samples.receipt())
+    assert (end.status, end.code, end.http_status) == ("failed", "ingress_lost", 502)
+    assert (end.usage, end.estimated, end.price, end.cost_pico) == (USAGE, False, PRICE, cost(USAGE, PRICE))
+    assert (end.hold_pico, end.attempts, end.route, end.worker, end.queue_us) == (77, 1, "r1", "worker-1", 2_000)
+    assert (end.accepted_ns, end.duration_us) == (NOON_NS + 100 * MS_NS, 29_900_000)
+    assert (end.producer, end.model, end.prompt_hash, end.stream) == ("ledger", "m", samples.PROMPT_HASH, True)
+
+
+def test_without_it_what_was_sent_is_billed_and_marked_as_an_estimate() -> None:
+    receipt = samples.receipt(usage=None, outcome="cancelled", code="ingress_lost", tokens_sent=7)
+    end = close(samples.accepted(prompt_bytes=40), samples.started(), receipt)
+    assert (end.usage, end.estimated) == (Usage(prompt_tokens=10, completion_tokens=7), True)
+    assert end.cost_pico == cost(end.usage, PRICE)
+    assert close(samples.accepted(body_bytes=90), receipt).usage.prompt_tokens == 90 // 4
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [samples.started()],
+        [samples.receipt(usage=None, tokens_sent=0, outcome="failed", code="upstream_error")],
+        [samples.receipt(usage=None, tokens_sent=0, outcome="cancelled", code="ingress_lost")],
+        [samples.started(), samples.receipt(), samples.lost()],
+    ],
+    ids=["nothing began", "no receipt", "a fault", "nothing was sent", "given up"],
+)
+def test_what_gave_nothing_costs_nothing(events: list[Event]) -> None:
+    end = close(samples.accepted(hold_pico=5), *events)
+    assert (end.usage, end.estimated, end.cost_pico, end.hold_pico) == (Usage(), False, 0, 5)
+
+
+def test_the_last_attempt_that_was_not_given_up_decides_at_its_own_price() -> None:
+    second = {"epoch": 2, "route": "r2", "worker": "worker-2", "model": "m2"}
+    end = close(
+        samples.accepted(models=("m", "m2"), prices=(PRICE, OTHER)),
+        samples.started(),
+        samples.lost(),
+        samples.receipt(usage=Usage(prompt_tokens=1, completion_tokens=1)),
+        samples.receipt(**second),
+        samples.started(epoch=2, route="r2", worker="worker-2"),
+    )
+    assert (end.price, end.cost_pico, end.usage) == (OTHER, cost(USAGE, OTHER), USAGE)
+    assert (end.route, end.model, end.worker, end.attempts, end.epoch) == ("r2", "m2", "worker-2", 2, 2)
+
+
+def test_the_order_of_two_witnesses_does_not_matter() -> None:
+    one = close(samples.accepted(), samples.started(), samples.receipt())
+    other = close(samples.receipt(), samples.accepted(), samples.started())
+    assert (one.usage, one.queue_us, one.route) == (other.usage, other.queue_us, other.route)
+
+
+@pytest.mark.parametrize("last", [samples.finished(), samples.rejected()])
+def test_what_has_ended_is_not_closed_again(last: Event) -> None:
+    events = [samples.accepted(), samples.receipt(), last]
+    assert closing(events, id_=EventId("x"), now_ns=NOON_NS, producer="ledger") is None
+    assert closing([samples.receipt()], id_=EventId("x"), now_ns=NOON_NS, producer="ledger") is None
