@@ -187,14 +187,18 @@ def _commands(
         )
 
     worker_stop_wait_s = 2 * settings.worker.drain_s + 10
+    ingresses = ["ingress"] + [f"ingress-{number}" for number in range(2, settings.up.ingresses + 1)]
     workers = ["worker"] + [f"worker-{number}" for number in range(2, settings.up.workers + 1)]
     return [
-        command(
-            "ingress",
-            *("ingress", "--fd", str(api.fileno())),
-            environ=given,
-            pass_fds=(api.fileno(),),
-            stop_wait_s=settings.ingress.drain_s + 10,
+        *(
+            command(
+                role,
+                *("ingress", "--fd", str(api.fileno())),
+                environ=given,
+                pass_fds=(api.fileno(),),
+                stop_wait_s=settings.ingress.drain_s + 10,
+            )
+            for role in ingresses
         ),
         *(
             # One of them looks for the machine's model servers: they are there once.

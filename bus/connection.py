@@ -197,6 +197,16 @@ class Connection:
                 f"NATS gave no answer on {subject.split('.', maxsplit=1)[0]}: {type(error).__name__}"
             ) from error
 
+    async def has_listener(self, subject: str, *, within_s: float) -> bool:
+        """Whether anybody listens to *subject*, who needn't answer: the server says at once that nobody does."""
+        try:
+            await self.nc.request(subject, b"", timeout=within_s)
+        except nats.errors.NoRespondersError:
+            return False
+        except (nats.errors.Error, OSError):  # TimeoutError is an OSError
+            return True
+        return True
+
     async def close(self) -> None:
         """Sends what is written, then closes. Never raises: there is nothing left to be done about it."""
         try:

@@ -22,6 +22,7 @@ from schemas.jobs import PRESENCE_EVERY_S, IngressPresence, IngressState
 log = structlog.get_logger()
 
 LOOK_EVERY_S = 0.5
+ANSWER_WAIT_S = 0.3
 STOOD_STILL_S = 2.0  # a look that comes so much too late: what was said meanwhile is still to be heard
 FORGOTTEN_AFTER_S = 3600.0
 INGRESSES_MAX = 10_000
@@ -48,6 +49,7 @@ class Beacon:
         self._forget: Forget | None = None
 
     async def start(self) -> None:
+        await self._connection.listen(subjects.here(self._ingress), _nothing)
         await self._say(IngressState.SERVING)
         self._forget = self._connection.on_reconnect(self._beat)
         self._beating = asyncio.create_task(self._beat_regularly(), name="ingress-presence")
@@ -131,6 +133,12 @@ class Roll:
     def has_heard(self, ingress: IngressId) -> bool:
         return ingress in self._heard or ingress in self._gone
 
+    async def is_listening(self, ingress: IngressId) -> bool:
+        """Whether *ingress* has a connection. Where that can't be told, it has one."""
+        return not self._connection.is_up or await self._connection.has_listener(
+            subjects.here(ingress), within_s=ANSWER_WAIT_S
+        )
+
     async def _begin_anew(self) -> None:
         self._listening_since = self._looked_at = self._loop.time()
 
@@ -164,3 +172,7 @@ class Roll:
                 del known[ingress]
         while len(self._gone) > INGRESSES_MAX:
             del self._gone[next(iter(self._gone))]
+
+
+async def _nothing(_: Message) -> None:
+    """What is said there is of no interest; that somebody listens is."""

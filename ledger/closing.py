@@ -13,6 +13,7 @@ from schemas.events import (
     RequestAccepted,
     RequestFinished,
     RequestRejected,
+    StreamMigrated,
 )
 from schemas.ids import EventId
 from schemas.money import Price, Usage, cost, estimate
@@ -23,14 +24,15 @@ HTTP_STATUS = 502  # its client saw the connection break; a proxy in between tel
 def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str) -> RequestFinished | None:
     """The event that closes the request whose *events* these are, in the log's order; None if it isn't open.
 
-    What the last attempt's receipt says is billed: the provider's own figure, else what was sent. Without a receipt nothing is.
-    What reached the client nobody knows any more.
+    What the last attempt's receipt says is billed: the provider's own figure, else what was sent; behind that what its client had
+    before the answer moved there. Without any of it nothing is. What else reached the client nobody knows any more.
     """
     accepted = next((event for event in events if isinstance(event, RequestAccepted)), None)
     if accepted is None or any(isinstance(event, RequestFinished | RequestRejected) for event in events):
         return None
     receipt = _last_receipt(events)
-    usage, estimated = _billed(receipt, accepted)
+    moves = [event for event in events if isinstance(event, StreamMigrated)]
+    usage, estimated = _billed(accepted, receipt, carried=max((move.tokens_carried for move in moves), default=0))
     price = _price(accepted, receipt)
     started = [event for event in events if isinstance(event, AttemptStarted)]
     attempts = max((event.epoch for event in events), default=0)
@@ -57,6 +59,7 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
         price=price,
         cost_pico=cost(usage, price),
         attempts=attempts,
+        migrations=len(moves),
         prompt_hash=accepted.prompt_hash,
         hold_pico=accepted.hold_pico,
     )
@@ -70,14 +73,22 @@ def _last_receipt(events: Iterable[Event]) -> AttemptFinished | None:
     return max(receipts, key=lambda receipt: receipt.epoch, default=None)
 
 
-def _billed(receipt: AttemptFinished | None, accepted: RequestAccepted) -> tuple[Usage, bool]:
-    """Tokens, and whether they are an estimate. An attempt that gave nothing costs its client nothing."""
-    if receipt is None or (receipt.outcome != "completed" and receipt.tokens_sent == 0):
-        return Usage(), False
-    if receipt.usage is not None:
-        return receipt.usage, False
-    prompt_bytes = accepted.prompt_bytes or accepted.body_bytes
-    return estimate(prompt_bytes=prompt_bytes, completion_tokens=receipt.tokens_sent), True
+def _billed(accepted: RequestAccepted, receipt: AttemptFinished | None, *, carried: int) -> tuple[Usage, bool]:
+    """Tokens, and whether they are an estimate. *carried* of them had reached the client before the last attempt began.
+
+    An attempt that gave nothing costs its client nothing.
+    """
+    gave = receipt is not None and (receipt.outcome == "completed" or receipt.tokens_sent > 0)
+    if receipt is None or not gave:
+        return (_estimate(accepted, carried), True) if carried else (Usage(), False)
+    if carried or receipt.usage is None:  # to the provider of a continuation what was carried is prompt
+        tokens = receipt.tokens_sent if receipt.usage is None else receipt.usage.completion_tokens
+        return _estimate(accepted, carried + tokens), True
+    return receipt.usage, False
+
+
+def _estimate(accepted: RequestAccepted, completion_tokens: int) -> Usage:
+    return estimate(prompt_bytes=accepted.prompt_bytes or accepted.body_bytes, completion_tokens=completion_tokens)
 
 
 def _price(accepted: RequestAccepted, receipt: AttemptFinished | None) -> Price:

@@ -7,7 +7,7 @@ control.<entity>.<id>                 CONTROL, one fact a message
 w.<worker>.<ingress>.<nonce>          frames of one attempt (core)
 ctl.<worker>  ctl.all                 commands to a worker, or to all (core)
 presence.<worker>                     presence (core)
-here.<worker>                         says nothing: whether somebody listens there tells whether the worker is connected (core)
+here.<worker>  here.<ingress>         says nothing: whether somebody listens there tells whether that one is connected (core)
 presence.ingress.<ingress>            presence of an ingress (core)
 
 A name from outside (a model, a route, an org) is not a subject token: dots split tokens, `*` and `>` are wildcards. `token`
@@ -113,8 +113,8 @@ def ctl(worker: WorkerId) -> str:
     return f"ctl.{worker}"
 
 
-def here(worker: WorkerId) -> str:
-    return f"here.{worker}"
+def here(who: WorkerId | IngressId) -> str:
+    return f"here.{who}"
 
 
 def presence(worker: WorkerId) -> str:

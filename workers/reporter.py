@@ -19,6 +19,7 @@ from msgspec import Raw
 from bus.connection import BusUnavailable, Connection
 from schemas import codec, subjects
 from schemas.errors import ProviderNonsense
+from schemas.events import INGRESS_LOST
 from schemas.frames import NOT_TOLD, AnyFrame, Delta, Faulted, Finished, LastFrame, Started, Yielded
 from schemas.ids import Nonce, WorkerId
 from schemas.jobs import Cancelled, Completed, Failed, HandedBack, Job, Outcome
@@ -34,6 +35,7 @@ USAGE_MAX_BYTES = 16 * 1024
 KEPT_REPORTS_MAX = 2048  # finished attempts whose frames can still be asked for
 KEPT_REPORTS_MAX_BYTES = 64 * 1024 * 1024
 KEPT_FOR_S = 2.0
+ORPHAN_KEPT_FOR_S = 60.0  # an ingress that is taken for gone and comes back finds out how its attempts ended
 
 
 class Reporter:
@@ -95,7 +97,7 @@ class Reporter:
                 self._outbox.mark(self)
 
     def ended(self, outcome: Outcome) -> None:
-        """Says how the attempt ended. A cancelled one says nothing: nobody listens any more."""
+        """Says how the attempt ended. A cancelled one says nothing where nobody listens any more."""
         self._last = outcome
         self._outbox.mark(self)
 
@@ -175,7 +177,9 @@ class Reporter:
                 )
             case HandedBack(reason=reason):
                 return Yielded(request_id=request_id, epoch=epoch, seq=seq, reason=reason)
-            case Cancelled():
+            case Cancelled(reason=reason):
+                if reason == INGRESS_LOST:  # should it come back, it goes on elsewhere
+                    return Yielded(request_id=request_id, epoch=epoch, seq=seq, reason=reason)
                 return None
 
     def _keep(self, frame: AnyFrame) -> bytes:
@@ -293,9 +297,9 @@ class KeptReports:
     def __iter__(self) -> Iterator[Reporter]:
         return iter([reporter for _, _, reporter in self._reports.values()])
 
-    def add(self, reporter: Reporter) -> None:
+    def add(self, reporter: Reporter, *, for_s: float = KEPT_FOR_S) -> None:
         now, size = self._loop.time(), reporter.size
-        self._reports[reporter.nonce] = (now + KEPT_FOR_S, size, reporter)
+        self._reports[reporter.nonce] = (now + for_s, size, reporter)
         self._bytes += size
         while self._reports:
             nonce, (until, oldest, _) = next(iter(self._reports.items()))

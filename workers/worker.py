@@ -15,8 +15,8 @@ from bus.puller import Puller
 from bus.streams import await_streams
 from schemas import codec, subjects
 from schemas.errors import PenstockError
-from schemas.events import AttemptFinished
-from schemas.ids import EventId, Nonce, RouteId, WorkerId, new_id
+from schemas.events import INGRESS_LOST, AttemptFinished
+from schemas.ids import EventId, IngressId, Nonce, RouteId, WorkerId, new_id
 from schemas.jobs import (
     PRESENCE_EVERY_S,
     Announce,
@@ -37,14 +37,16 @@ from schemas.jobs import (
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
 from workers.attempt import Progress, run_attempt
 from workers.intake import Intake
+from workers.orphans import Orphans, Served
 from workers.providers.base import Provider
-from workers.reporter import KeptReports, Outbox, Reporter
+from workers.reporter import KEPT_FOR_S, ORPHAN_KEPT_FOR_S, KeptReports, Outbox, Reporter
 
 log = structlog.get_logger()
 
 FLUSH_WAIT_S = 3.0
 
 NAK = b"-NAK"
+NAK_LATER = b'-NAK {"delay": 2000000000}'
 ACK = b""
 
 
@@ -55,6 +57,7 @@ class Running:
     task: asyncio.Task[None]
     progress: Progress
     report: Reporter
+    job: Job
 
 
 class Route:
@@ -146,6 +149,7 @@ class Worker:
         self._beat: asyncio.Task[None] | None = None
         self._forget: Forget | None = None
         self._telling: set[asyncio.Task[None]] = set()
+        self._orphans = Orphans(connection, self._served, self._stop_for)
 
     async def start(self) -> None:
         """Raises: ApiError, BusUnavailable."""
@@ -154,6 +158,7 @@ class Worker:
         for subject in (subjects.ctl(self.id), subjects.EVERY_WORKER):
             await self._connection.listen(subject, self._on_command)
         await self._connection.listen(subjects.here(self.id), _nothing)
+        await self._orphans.start()
         for route in self._routes.values():
             await self._open(route)
         self._forget = self._connection.on_reconnect(self._on_reconnect)
@@ -194,6 +199,7 @@ class Worker:
         for running in self._running.values():
             self._stop(running, HandedBack(reason="worker_draining"))
         await self._wait_idle(self._settings.drain_s)
+        await self._orphans.stop()
         await self._outbox.stop()
         await self._flush_log()
         if self._forget is not None:
@@ -282,6 +288,10 @@ class Worker:
             await self._answer(msg, NAK)
             (route.intake.refused if route.free <= 0 else route.intake.returned)(puller)
             return
+        if self._orphans.is_one(job):
+            await self._answer(msg, NAK_LATER)  # so it comes again if its ingress does, or expires
+            route.intake.returned(puller)
+            return
         route.take_slot()
         route.intake.taken(puller, free=route.free)
         # Started and right behind it the ack: from Started on the ingress owns recovery, and only what was never started is
@@ -309,7 +319,7 @@ class Worker:
         task = asyncio.create_task(self._serve(route, job, report, progress))
         # A callback and not the task's own finally: a task that is cancelled before its first step runs none of its body.
         task.add_done_callback(lambda _: self._free(route, job.nonce, report))
-        self._running[job.nonce] = Running(task, progress, report)
+        self._running[job.nonce] = Running(task, progress, report, job)
 
     def _reporter(self, job: Job) -> Reporter:
         return Reporter(job, self._outbox, worker=self.id, max_kept_bytes=self._settings.max_kept_bytes)
@@ -324,8 +334,8 @@ class Worker:
             log.exception("receipt_broke", request_id=job.request_id, epoch=job.epoch)
 
     def _free(self, route: Route, nonce: Nonce, report: Reporter) -> None:
-        del self._running[nonce]
-        self._kept.add(report)
+        orphan = self._running.pop(nonce).progress.stop == Cancelled(reason=INGRESS_LOST)
+        self._kept.add(report, for_s=ORPHAN_KEPT_FOR_S if orphan else KEPT_FOR_S)
         route.free_slot()
         if route.intake is not None:
             route.intake.freed()
@@ -378,6 +388,14 @@ class Worker:
                 self._take(job)
             case Announce():
                 await self.announce()
+
+    def _served(self) -> list[Served]:
+        return [Served(running.job, running.progress.began) for running in self._running.values()]
+
+    def _stop_for(self, ingress: IngressId) -> None:
+        """Stops what runs for an ingress that is gone."""
+        for running in [running for running in self._running.values() if running.job.ingress == ingress]:
+            self._stop(running, Cancelled(reason=INGRESS_LOST))
 
     def _stop(self, running: Running, why: Cancelled | HandedBack) -> None:
         if running.progress.stop is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ledger.closing import closing
-from schemas.events import Event, RequestFinished
+from schemas.events import Event, RequestFinished, StreamMigrated
 from schemas.ids import EventId
 from schemas.money import Price, Usage, cost
 from tests.unit.ledger import samples
@@ -65,6 +65,29 @@ def test_the_last_attempt_that_was_not_given_up_decides_at_its_own_price() -> No
     )
     assert (end.price, end.cost_pico, end.usage) == (OTHER, cost(USAGE, OTHER), USAGE)
     assert (end.route, end.model, end.worker, end.attempts, end.epoch) == ("r2", "m2", "worker-2", 2, 2)
+
+
+def test_an_answer_that_moved_is_billed_with_what_was_delivered_before() -> None:
+    start = samples.started()
+    moved = StreamMigrated(
+        id=start.id,
+        ts_ns=start.ts_ns,
+        org=start.org,
+        request_id=start.request_id,
+        epoch=2,
+        producer=start.producer,
+        route=start.route,
+        worker=start.worker,
+        from_route=start.route,
+        reason="worker_lost",
+        how="exact",
+        tokens_carried=5,
+    )
+    second = samples.receipt(epoch=2, usage=Usage(prompt_tokens=25, completion_tokens=3), tokens_sent=3)
+    events = [samples.accepted(prompt_bytes=40), start, samples.lost(), moved]
+    end = close(*events, second)
+    assert (end.usage, end.estimated, end.migrations) == (Usage(prompt_tokens=10, completion_tokens=8), True, 1)
+    assert close(*events).usage == Usage(prompt_tokens=10, completion_tokens=5)
 
 
 def test_the_order_of_two_witnesses_does_not_matter() -> None:
