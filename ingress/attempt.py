@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 
 import structlog
+from msgspec import Raw
 
 from bus.queue import JobQueue
 from ingress.relay import Switchboard
+from ingress.speech import says_something
 from ingress.trip import Trip
 from schemas.errors import FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout
 from schemas.frames import AnyFrame, Delta, Finished, LastFrame
@@ -16,6 +18,8 @@ from schemas.ids import RouteId, WorkerId
 from schemas.jobs import Cancel, Job
 
 log = structlog.get_logger()
+
+HELD_MAX = 64  # chunks without content that are held back until some comes
 
 
 class Attempt:
@@ -34,6 +38,7 @@ class Attempt:
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.heard_at = time.monotonic()
+        self.held: list[Raw] = []  # chunks that have come and not gone out yet
         self.tokens = 0  # completion tokens in what came, as the worker counts them
         self._queue = queue
         self._switchboard = switchboard
@@ -57,25 +62,42 @@ class Attempt:
         """Raises: BacklogFull, BadRequest, QueueUnavailable."""
         self._job_seq = await self._queue.publish(self.job)
 
-    async def take(self, until: float) -> list[AnyFrame]:
-        """The frames that wait; none when *until* comes first, or when the client has gone: then ``relay.gone`` says why.
+    def poll(self, now: float) -> list[AnyFrame]:
+        """The frames that wait; none if nothing does, or when the client has gone: then ``relay.gone`` says why.
 
         Raises: WorkerLost or FrameGap after the frames that came before; QueueTimeout, FirstTokenTimeout or IdleTimeout.
         """
-        frames = await self.relay.take(min(self._deadline(), until))
-        now = time.monotonic()
+        frames = self.relay.poll()
         if frames:
             self.heard_at = now
             self._over = isinstance(frames[-1], LastFrame)
-        elif self.relay.gone is None and now >= self._deadline():
+        elif self.relay.gone is None and now >= self.deadline:
             raise self._timeout()
         return frames
 
     def note_chunks(self, frame: Delta | Finished, *, now: float) -> None:
+        """Holds the chunks of *frame*: they may go to the client once the attempt has spoken."""
         self.tokens += frame.tokens
-        if self.first_token_at is None and frame.chunks:
+        self.held.extend(frame.chunks)
+        if self.first_token_at is None and self._speaks(frame):
             self.first_token_at = now
             self.trip.spoke()
+
+    def _speaks(self, frame: Delta | Finished) -> bool:
+        """Whether there is content by now, or no reason to wait for it any longer."""
+        if isinstance(frame, Finished) or len(self.held) > HELD_MAX:
+            return bool(self.held)
+        return frame.tokens > 0 or any(map(says_something, frame.chunks))
+
+    @property
+    def deadline(self) -> float:
+        """When it is given up if nothing comes."""
+        timeouts = self.job.timeouts
+        if self.started_at is None:
+            return self.heard_at + timeouts.queue_s
+        if self.first_token_at is None:
+            return self.started_at + timeouts.first_token_s
+        return self.heard_at + timeouts.idle_s
 
     def stop(self, reason: str) -> None:
         """Stops the work, wherever it is: on a worker, or still in the queue."""
@@ -90,14 +112,6 @@ class Attempt:
         """Nobody will read any more of it."""
         self._switchboard.close(self.relay)
         self.trip.ended(self.tokens)
-
-    def _deadline(self) -> float:
-        timeouts = self.job.timeouts
-        if self.started_at is None:
-            return self.heard_at + timeouts.queue_s
-        if self.first_token_at is None:
-            return self.started_at + timeouts.first_token_s
-        return self.heard_at + timeouts.idle_s
 
     def _timeout(self) -> PenstockError:
         if self.started_at is None:

@@ -78,6 +78,7 @@ class Books:
         self.principal = principal
         self.plan = plan
         self.overhead_us = 0  # ours until the first chunk: all time but the provider's
+        self.tried = ""  # the attempts that came to nothing and why, for a header
         self.delivered = False  # something reached the client
         self._log = log
         self._body_bytes = body_bytes
@@ -108,9 +109,13 @@ class Books:
         await self._log.durable(self._accepted, within_s=RECORD_WAIT_S)
 
     def note_attempt(self, attempt: Attempt) -> None:
-        """*attempt* is the present one from here on."""
-        self._attempt = attempt
+        """One more attempt has begun."""
         self._attempts += 1
+        self.note_present(attempt)
+
+    def note_present(self, attempt: Attempt) -> None:
+        """*attempt* is the one that counts from here on: what it used is what the client pays."""
+        self._attempt = attempt
 
     def note_started(self, attempt: Attempt, *, at: float) -> None:
         """*at* is when Started came: it may have waited here for the acceptance to be on record."""
@@ -134,11 +139,13 @@ class Books:
         )
 
     def note_chunks(self, attempt: Attempt, frame: Delta | Finished, *, now: float) -> None:
-        if attempt.first_token_at is None and frame.chunks:
+        if frame.chunks and not attempt.held and attempt.first_token_at is None:
             self.overhead_us = max(0, self.arrival.since_us(now) - frame.wait_us)
         attempt.note_chunks(frame, now=now)
 
     def note_lost(self, attempt: Attempt, error: PenstockError) -> None:
+        """*attempt* was given up. Its cost is ours, as far as it can be told here."""
+        usage = self._usage_of(attempt) if attempt.started_at is not None else Usage()
         self._log.note(
             AttemptLost(
                 id=EventId(new_id()),
@@ -150,6 +157,9 @@ class Books:
                 route=attempt.route,
                 worker=attempt.worker,
                 code=error.code,
+                upstream_status=getattr(error, "status", None),
+                usage=usage,
+                cost_pico=cost(usage, attempt.leg.price),
             )
         )
 
@@ -164,7 +174,8 @@ class Books:
                 within_s = RECORD_WAIT_S
             case Broke(error):
                 status = 200 if began else problem_of(error).status
-                kind = "rejected" if isinstance(error, BacklogFull) else "failed"
+                nothing_done = isinstance(error, BacklogFull) and self._queue_us is None
+                kind = "rejected" if nothing_done else "failed"
                 event = self._finished(kind, status, usage=self._spent(), code=error.code)
                 within_s = RECORD_FAILURE_WAIT_S
             case Left(reason):
@@ -175,7 +186,10 @@ class Books:
         await self._log.record(event, within_s=within_s)
 
     def estimate(self) -> Usage:
-        tokens = 0 if self._attempt is None else self._attempt.tokens
+        return self._usage_of(self._attempt)
+
+    def _usage_of(self, attempt: Attempt | None) -> Usage:
+        tokens = 0 if attempt is None else attempt.tokens
         return estimate(prompt_bytes=len(self.request.messages_raw), completion_tokens=tokens)
 
     def _spent(self, *, left: bool = False) -> Usage:

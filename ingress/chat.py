@@ -197,10 +197,12 @@ def _answer(send: Send, arrival: Arrival, books: Books, cut: Callable[[], None])
     created = arrival.ns // 1_000_000_000
 
     def headers() -> Headers:
+        tried = [(b"x-penstock-tried", books.tried.encode())] if books.tried else []
         return [
             (b"x-request-id", arrival.request_id.encode()),
             (b"x-penstock-route", books.leg.route.encode("latin-1", "replace")),
             (b"x-penstock-attempts", str(books.attempts).encode()),
+            *tried,
             (b"x-penstock-cache", b"off"),
             (b"x-penstock-overhead-ms", b"%.2f" % (books.overhead_us / 1000)),
         ]

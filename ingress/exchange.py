@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import assert_never
 
+import msgspec
 import structlog
 from msgspec import Raw
 from starlette.types import Receive
@@ -17,25 +18,25 @@ from ingress.answer import Answer
 from ingress.attempt import Attempt
 from ingress.books import Books, Broke, Done, Ending, Left
 from ingress.policy.routing import Leg
+from ingress.policy.trail import Trail
 from ingress.problems import fault_of, problem_of
-from ingress.relay import Switchboard
+from ingress.relay import Switchboard, heard
 from ingress.router import Router
 from ingress.sse import usage_json
 from schemas.errors import (
     LogUnavailable,
+    NoLiveRoute,
     PenstockError,
     ProviderNonsense,
     Stopping,
     TotalTimeout,
-    WorkerLost,
+    WorkerYielded,
 )
-from schemas.frames import AnyFrame, Delta, Faulted, Finished, Started, Yielded
+from schemas.frames import Delta, Faulted, Finished, Started, Yielded
 from schemas.ids import IngressId, new_nonce
 from schemas.jobs import Job, Timeouts
 
 log = structlog.get_logger()
-
-ATTEMPTS_MAX = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,10 @@ class Exchange:
         self.books = books
         self._s = services
         self._body = body
-        self._attempt: Attempt | None = None  # the present one
+        self._trail = Trail(books.plan, workers=services.router.servers, is_up=services.router.is_up)
+        self._running: list[Attempt] = []  # one; two while they race
+        self._gone: str | None = None  # why the client is there no more
+        self._comment_at = 0.0
         self._answer: Answer
         self._limit: asyncio.Timeout
 
@@ -68,7 +72,7 @@ class Exchange:
         listener = asyncio.create_task(self._listen(receive))
         try:
             async with asyncio.timeout(self._s.timeouts.total_s) as self._limit:
-                ending = await self._attempts()
+                ending = await self._serve()
         except TimeoutError:
             ending = self._given_up()
         except asyncio.CancelledError:
@@ -77,6 +81,9 @@ class Exchange:
             self._uncancel()
             await self._close(Broke(Stopping()))
             return
+        except PenstockError as error:
+            self._stop(error.code)
+            ending = Broke(error) if self._gone is None else self._left(self._gone)
         except Exception:
             log.exception("exchange_broke", request_id=self.books.arrival.request_id)
             self._stop("internal_error")
@@ -85,99 +92,120 @@ class Exchange:
             listener.cancel()
         await self._close(ending)
 
-    async def _attempts(self) -> Ending:
-        """One attempt after the other, until one ends the request."""
-        error: PenstockError
+    async def _serve(self) -> Ending:
+        """Attempts, until one ends the request. Raises: PenstockError of the last of them."""
+        self.books.open()
+        await self._begin(self.books.plan.legs[0])
+        await self.books.opened()  # no byte goes out before both are on record
+        now = time.monotonic()
+        for attempt in self._running:
+            attempt.heard_at = now
+        self._comment_at = now + self._s.keep_alive_comment_s
         while True:
-            attempt = self._begin()
-            try:
-                return await self._follow(attempt)
-            except PenstockError as broke:
-                error = broke
-                attempt.trip.failed(broke)
-            finally:
-                attempt.close()
-            if attempt.relay.gone is not None:
-                return self._left(attempt, attempt.relay.gone)
-            if not self._goes_on(attempt, error):
-                return Broke(error)
-            self.books.note_lost(attempt, error)
+            await heard([attempt.relay for attempt in self._running], self._wake_at())
+            now = time.monotonic()
+            for attempt in tuple(self._running):
+                if self._gone is not None:
+                    return self._left(self._gone)
+                ending = await self._look(attempt, now)
+                if ending is not None:
+                    return ending
+            if now >= self._comment_at:  # timers may be a millisecond early
+                await self._answer.keep_alive()
+                self._comment_at = now + self._s.keep_alive_comment_s
 
-    def _begin(self) -> Attempt:
-        legs = self.books.plan.legs
-        leg = legs[self.books.attempts % len(legs)]
-        self._attempt = attempt = Attempt(
+    def _wake_at(self) -> float:
+        return min(self._comment_at, *(attempt.deadline for attempt in self._running))
+
+    async def _look(self, attempt: Attempt, now: float) -> Ending | None:
+        """Takes what came of *attempt*, and goes on with another if it has failed. Raises: PenstockError if there is none."""
+        try:
+            ending = await self._take(attempt, now)
+        except PenstockError as error:
+            await self._go_on(attempt, error)
+            return None
+        if self._gone is not None:
+            return self._left(self._gone)
+        if ending is not None:
+            self._drop(attempt, "done")
+        return ending
+
+    async def _begin(self, leg: Leg) -> None:
+        """An attempt at *leg* begins, or where it can't, the next that can. Raises: PenstockError if none can."""
+        attempt = Attempt(
             self._job(leg),
             self._s.router.begin(leg, stream=self.books.request.stream),
             queue=self._s.queue,
             switchboard=self._s.switchboard,
             on_overflow=self._give_up,
         )
+        self._running.append(attempt)
+        self._trail.begin(leg)
         self.books.note_attempt(attempt)
-        return attempt
+        try:
+            await attempt.publish()
+        except PenstockError as error:
+            await self._go_on(attempt, error)
 
-    def _goes_on(self, attempt: Attempt, error: PenstockError) -> bool:
-        """Whether another attempt is made after *attempt* ended with *error*. If not, its work is stopped.
+    async def _go_on(self, attempt: Attempt, error: PenstockError) -> None:
+        """*attempt* ended with *error*: another one begins, or nothing helps any more. Raises: *error* then.
 
         What has reached the client can't be taken back: from then on only a continuation could help.
         """
-        if not isinstance(error, WorkerLost):
-            attempt.stop(error.code)
-            return False
-        return not self._answer.delivered and self.books.attempts < ATTEMPTS_MAX
+        attempt.trip.failed(error)
+        self._drop(attempt, error.code)
+        if self._gone is not None:
+            raise error
+        self._trail.failed(attempt.leg, attempt.worker, error)
+        self.books.tried = self._trail.told()
+        leg = None if self._answer.delivered else self._trail.next()
+        if leg is None:
+            raise error
+        self.books.note_lost(attempt, error)
+        await self._begin(leg)
 
-    async def _follow(self, attempt: Attempt) -> Ending:
-        """Publishes *attempt* and hands on what comes until something ends it. Raises: PenstockError."""
-        self.books.open()
-        await attempt.publish()
-        await self.books.opened()  # no byte goes out before both are on record
-        attempt.heard_at = time.monotonic()
-        comment_at = attempt.heard_at + self._s.keep_alive_comment_s
-        while True:
-            frames = await attempt.take(comment_at)
-            if attempt.relay.gone is not None:
-                return self._left(attempt, attempt.relay.gone)
-            now = time.monotonic()
-            if frames:
-                ending = await self._hand_on(attempt, frames, now)
-                if ending is not None:
-                    return ending
-            elif now >= comment_at:  # timers may be a millisecond early
-                await self._answer.keep_alive()
-            else:
-                continue
-            comment_at = now + self._s.keep_alive_comment_s
+    def _drop(self, attempt: Attempt, reason: str) -> None:
+        """*attempt* is over for us; what of it still runs is stopped."""
+        attempt.stop(reason)
+        attempt.close()
+        self._running.remove(attempt)
 
-    async def _hand_on(self, attempt: Attempt, frames: list[AnyFrame], now: float) -> Ending | None:
-        """Delivers what *frames* hold. Raises: PenstockError that the last one tells of."""
-        chunks: list[Raw] = []
+    async def _take(self, attempt: Attempt, now: float) -> Ending | None:
+        """Delivers what came of *attempt*. Raises: PenstockError that ended it."""
+        frames = attempt.poll(now)
         for frame in frames:
             match frame:
                 case Started():
                     self.books.note_started(attempt, at=attempt.relay.started_at)
                 case Delta():
                     self.books.note_chunks(attempt, frame, now=now)
-                    chunks.extend(frame.chunks)
                 case Finished():
                     self.books.note_chunks(attempt, frame, now=now)
                     if attempt.first_token_at is None:
                         raise ProviderNonsense("The provider finished without an answer.")
                     # What came along with the end goes out with it, behind the closing event.
-                    return Done(_joined(chunks, frame))
+                    return Done(_with_chunks(attempt.held, frame))
                 case Faulted():
-                    await self._deliver(chunks)
+                    await self._deliver(attempt)
                     raise fault_of(frame)
                 case Yielded():
-                    await self._deliver(chunks)
-                    raise WorkerLost(f"The worker handed the request back ({frame.reason}).")
+                    await self._deliver(attempt)
+                    raise WorkerYielded(f"The worker handed the request back ({frame.reason}).")
                 case _:
                     assert_never(frame)
-        await self._deliver(chunks)
+        if frames:
+            self._comment_at = now + self._s.keep_alive_comment_s
+            await self._deliver(attempt)
+        elif attempt.started_at is None and self._trail.elsewhere(attempt.leg):
+            raise NoLiveRoute("The last worker of this route has gone.")
         return None
 
-    async def _deliver(self, chunks: list[Raw]) -> None:
-        if chunks:
-            await self._answer.deliver(chunks)
+    async def _deliver(self, attempt: Attempt) -> None:
+        """What *attempt* has said goes out, once it has said something. An answer in one piece waits for its end."""
+        if attempt.first_token_at is None or not attempt.held or not self.books.request.stream:
+            return
+        chunks, attempt.held = attempt.held, []
+        await self._answer.deliver(chunks)
 
     async def _close(self, ending: Ending) -> None:
         """Records the end, durably, and only then sends the client's last byte."""
@@ -204,30 +232,37 @@ class Exchange:
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        if self._attempt is not None:
-            self._attempt.relay.leave("client_left")
+        self._leave("client_left")
+
+    def _leave(self, reason: str) -> None:
+        if self._gone is None:
+            self._gone = reason
+        for attempt in self._running:
+            attempt.relay.leave(reason)
 
     def _give_up(self) -> None:
         """The client reads too slowly. We may be stuck in writing to it, so this is cut off as the total time-out is."""
+        self._leave("client_too_slow")
         if not self._limit.expired():
             self._limit.reschedule(asyncio.get_running_loop().time())
 
     def _given_up(self) -> Ending:
-        if self._attempt is not None and self._attempt.relay.gone is not None:
-            return self._left(self._attempt, self._attempt.relay.gone)
+        if self._gone is not None:
+            return self._left(self._gone)
         self._stop("total_timeout")
         return Broke(TotalTimeout())
 
-    def _left(self, attempt: Attempt, reason: str) -> Left:
-        if attempt.worker is not None and attempt.relay.started_at > 0 and attempt.started_at is None:
-            # It began while we were still waiting for the log; nobody has taken the frame that says so.
-            self.books.note_started(attempt, at=attempt.relay.started_at)
-        attempt.stop(reason)
+    def _left(self, reason: str) -> Left:
+        for attempt in self._running:
+            if attempt.relay.started_at > 0 and attempt.started_at is None:
+                # It began while we were still waiting for the log; nobody has taken the frame that says so.
+                self.books.note_started(attempt, at=attempt.relay.started_at)
+        self._stop(reason)
         return Left(reason)
 
     def _stop(self, reason: str) -> None:
-        if self._attempt is not None:
-            self._attempt.stop(reason)
+        for attempt in tuple(self._running):
+            self._drop(attempt, reason)
 
     @staticmethod
     def _uncancel() -> None:
@@ -251,18 +286,12 @@ class Exchange:
             timeouts=self._s.timeouts,
             body=Raw(self._body),
             announced=True,
+            not_workers=self._trail.not_workers(leg),
         )
 
 
-def _joined(chunks: list[Raw], frame: Finished) -> Finished:
-    if not chunks:
+def _with_chunks(chunks: list[Raw], frame: Finished) -> Finished:
+    """*frame* with all of *chunks*, its own among them."""
+    if len(chunks) == len(frame.chunks):
         return frame
-    return Finished(
-        request_id=frame.request_id,
-        epoch=frame.epoch,
-        seq=frame.seq,
-        chunks=(*chunks, *frame.chunks),
-        usage=frame.usage,
-        usage_raw=frame.usage_raw,
-        finish_reason=frame.finish_reason,
-    )
+    return msgspec.structs.replace(frame, chunks=tuple(chunks))

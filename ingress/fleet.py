@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 import msgspec
 import structlog
@@ -21,6 +22,7 @@ QUIET_S = 0.1
 GATHER_MAX_S = 1.0
 LOST_AFTER_S = PRESENCE_EVERY_S * PRESENCE_MISSED_MAX
 WORKERS_MAX = 100_000
+NOBODY: AbstractSet[WorkerId] = frozenset()
 
 Lost = Callable[[WorkerId], None]
 
@@ -34,7 +36,9 @@ class Fleet:
         self._heard: dict[WorkerId, tuple[Presence, float]] = {}
         self._offers: dict[str, dict[RouteId, Price]] = {}
         self._known: set[str] = set()  # every model that was ever offered, so that "not now" isn't "never"
+        self._servers: dict[tuple[RouteId, str], set[WorkerId]] = {}
         self._lost: list[Lost] = []
+        self._changed: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -63,6 +67,14 @@ class Fleet:
 
     def on_lost(self, callback: Lost) -> None:
         self._lost.append(callback)
+
+    def on_changed(self, callback: Callable[[], None]) -> None:
+        """*callback* is called when other workers serve, or others models, than before."""
+        self._changed.append(callback)
+
+    def servers(self, route: RouteId, model: str) -> AbstractSet[WorkerId]:
+        """The workers that serve *model* on *route* now."""
+        return self._servers.get((route, model), NOBODY)
 
     def offers(self, model: str) -> dict[RouteId, Price]:
         """The live routes that serve *model*, each with the price its workers state."""
@@ -130,11 +142,15 @@ class Fleet:
 
     def _index(self) -> None:
         offers: dict[str, dict[RouteId, Price]] = {}
+        servers: dict[tuple[RouteId, str], set[WorkerId]] = {}
         for presence, _ in self._heard.values():
             for route, model, price in _served(presence):
                 offers.setdefault(model, {})[route] = price
+                servers.setdefault((route, model), set()).add(presence.worker)
             self._known.update(model.name for offer in presence.routes for model in offer.models)
-        self._offers = offers
+        self._offers, self._servers = offers, servers
+        for callback in self._changed:
+            callback()
 
     async def _sweep(self) -> None:
         while True:

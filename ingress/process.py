@@ -76,6 +76,7 @@ async def run_ingress(
     await switchboard.start()
     fleet = Fleet(connection)
     fleet.on_lost(switchboard.lose)
+    fleet.on_changed(switchboard.rouse_waiting)
     await fleet.start()
     await fleet.gather()
     await beacon.start()

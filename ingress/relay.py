@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -62,22 +62,31 @@ class Relay:
         self._waiter: asyncio.Future[None] | None = None
 
     async def take(self, until: float) -> list[AnyFrame]:
-        """All frames that wait; none when *until* (monotonic seconds) comes first, or when the reader has gone.
+        """`poll`, once there is something; none when *until* (monotonic seconds) comes first, or when the reader has gone."""
+        await heard([self], until)
+        return self.poll()
+
+    def poll(self) -> list[AnyFrame]:
+        """All frames that wait.
 
         Raises: WorkerLost or FrameGap, after the frames that came before.
         """
-        if not self._frames and self._error is None and self.gone is None:
-            self._waiter = self._loop.create_future()
-            timer = self._loop.call_later(max(0.0, until - time.monotonic()), self._wake)
-            try:
-                await self._waiter
-            finally:
-                timer.cancel()
-                self._waiter = None
         if self._error is not None and not self._frames and self.gone is None:
             raise self._error
         frames, self._frames, self._bytes = self._frames, [], 0
         return frames
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._frames) or self._error is not None or self.gone is not None
+
+    def wakes(self, waiter: asyncio.Future[None] | None) -> None:
+        """*waiter* is resolved by the next news, until another one takes its place."""
+        self._waiter = waiter
+
+    def rouse(self) -> None:
+        """Wakes the reader, without news: something around it has changed."""
+        self._wake()
 
     def feed(self, frame: AnyFrame, size: int, *, worker: WorkerId) -> bool:
         """Takes a frame of *size* bytes. False if it is not *worker*'s attempt: another one has the same job.
@@ -168,8 +177,31 @@ class Relay:
         self._mender = self._loop.call_later(RESEND_EVERY_S, self._mend)
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            _resolve(self._waiter)
+
+
+async def heard(relays: Sequence[Relay], until: float) -> None:
+    """Returns when there is news in one of *relays*, or at *until* (monotonic seconds)."""
+    for relay in relays:
+        if relay.has_news:
+            return
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+    timer = loop.call_later(max(0.0, until - time.monotonic()), _resolve, waiter)
+    for relay in relays:
+        relay.wakes(waiter)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        for relay in relays:
+            relay.wakes(None)
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class Switchboard:
@@ -210,6 +242,12 @@ class Switchboard:
         for relay in self._relays.values():
             if relay.worker == worker:
                 relay.fail(WorkerLost())
+
+    def rouse_waiting(self) -> None:
+        """Those whose job nobody has taken yet may want to look elsewhere: other routes are served now than before."""
+        for relay in self._relays.values():
+            if relay.worker is None:
+                relay.rouse()
 
     def command(self, worker: WorkerId, command: Cancel | Resend) -> None:
         """Sends *command* to *worker*, without waiting."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 from bus.control import ControlFeed
 from ingress.fleet import Fleet
 from ingress.policy.routing import Leg, Plan, plan
 from ingress.trip import Seen, Trip
 from schemas.chat import ChatRequest
+from schemas.ids import WorkerId
 from schemas.settings import RoutingSettings
 
 
@@ -46,6 +48,10 @@ class Router:
     def is_up(self, leg: Leg) -> bool:
         """Whether an attempt may begin at *leg*: not while it cools down, nor while another one probes it."""
         return self._seen.cooldowns.is_open(leg.route, leg.model, now=self._clock())
+
+    def servers(self, leg: Leg) -> AbstractSet[WorkerId]:
+        """The workers that serve *leg* now."""
+        return self._fleet.servers(leg.route, leg.model)
 
     def p95_ttft_us(self, leg: Leg, *, stream: bool) -> int | None:
         """How long 95 of 100 first chunks take to come from *leg* at most; None while too few have come.

@@ -90,7 +90,7 @@ def words(event: AnyEvent) -> str:  # noqa: PLR0911 - one for each kind
         case AttemptStarted():
             return f"attempt {event.epoch} started at {event.worker} on {event.route} after {_ms(event.queue_us)} in the queue"
         case AttemptLost():
-            return f"attempt {event.epoch} given up: {event.code} ({event.worker or 'no worker'} on {event.route})"
+            return _given_up(event)
         case StreamMigrated():
             return (
                 f"went on as attempt {event.epoch} at {event.worker or 'no worker'} on {event.route}, {event.how}, behind "
@@ -105,6 +105,14 @@ def words(event: AnyEvent) -> str:  # noqa: PLR0911 - one for each kind
             return _replayed(event)
         case _:
             assert_never(event)
+
+
+def _given_up(event: AttemptLost) -> str:
+    status = "" if event.upstream_status is None else f", HTTP {event.upstream_status}"
+    ours = f"; at our cost: {_tokens(event.usage)}, ${dollars(event.cost_pico)}" if event.usage.total_tokens else ""
+    return (
+        f"attempt {event.epoch} given up: {event.code} ({event.worker or 'no worker'} on {event.route}{status}){ours}"
+    )
 
 
 def _receipt(event: AttemptFinished) -> str:

@@ -64,11 +64,16 @@ class AttemptStarted(Event, frozen=True, kw_only=True, tag="attempt.started"):
 
 
 class AttemptLost(Event, frozen=True, kw_only=True, tag="attempt.lost"):
-    """The ingress gave an attempt up: its worker fell silent or never came."""
+    """The ingress gave an attempt up and went on with another: its worker fell silent, failed or never came, or another was faster."""
 
     route: RouteId
     worker: WorkerId | None = None
     code: str
+    upstream_status: int | None = None  # of the provider, if it gave one
+    usage: Usage = (
+        Usage()
+    )  # what it used as far as the ingress can tell: the prompt once it had begun, the tokens that came
+    cost_pico: int = 0  # of that at the route's price; the client pays nothing of it
 
 
 class StreamMigrated(Event, frozen=True, kw_only=True, tag="stream.migrated"):

@@ -59,6 +59,7 @@ class Job(Struct, frozen=True, kw_only=True):
     body: Raw  # the client's JSON, untouched
     continuation: Continuation | None = None  # what the answer goes on behind, when it isn't its beginning
     announced: bool = False  # the ingress says regularly that it is there; earlier releases' don't
+    not_workers: tuple[WorkerId, ...] = ()  # who failed at this request already and leaves the job to another
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

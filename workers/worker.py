@@ -47,6 +47,7 @@ FLUSH_WAIT_S = 3.0
 
 NAK = b"-NAK"
 NAK_LATER = b'-NAK {"delay": 2000000000}'
+NAK_SOON = b'-NAK {"delay": 50000000}'
 ACK = b""
 
 
@@ -277,6 +278,11 @@ class Worker:
             # A newer release wrote it: leave it to a worker that can read it, but don't take it again at once.
             log.warning("job_unreadable", subject=msg.subject)
             await self._answer(msg, b'-NAK {"delay": 1000000000}')
+            route.intake.returned(puller)
+            return
+        if self.id in job.not_workers:
+            # It failed here; another worker of the route is to have it.
+            await self._answer(msg, NAK_SOON)
             route.intake.returned(puller)
             return
         if job.nonce in self._running or self._kept.get(job.nonce) is not None:

@@ -163,9 +163,9 @@ def sdk(base_url: str, key: str = CLIENT_KEY) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=20)
 
 
-def route_settings(mock: MockProvider, *, slots: int = SLOTS) -> RouteSettings:
+def route_settings(mock: MockProvider, *, name: str = "mock", slots: int = SLOTS) -> RouteSettings:
     return RouteSettings(
-        id=RouteId("mock"),
+        id=RouteId(name),
         provider="openai",
         base_url=mock.base_url,
         max_concurrency=slots,
@@ -199,6 +199,7 @@ async def ingress_up(
     await switchboard.start()
     fleet = Fleet(connection, lost_after_s=lost_after_s)
     fleet.on_lost(switchboard.lose)
+    fleet.on_changed(switchboard.rouse_waiting)
     await fleet.start()
     services = Services(
         ingress=name,

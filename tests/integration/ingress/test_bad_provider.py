@@ -219,16 +219,16 @@ async def _read(stream: openai.AsyncStream[ChatCompletionChunk], into: list[str]
             into.append(text)
 
 
-async def test_a_failure_after_the_role_and_before_any_text_costs_nothing(
+async def test_a_failure_after_the_role_and_before_any_text_is_a_plain_error_and_costs_nothing(
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     gateway = await open_gateway(worker=HASTY)
     mock.script(cut_at=0, pace_s=0.05)
-    async with Lines(session, gateway.chat_url, body(stream=True)) as stream:
-        events = await stream.rest()
-    assert stream.status == 200
-    assert b'"error"' in events[-1]
-    event = await gateway.ending(stream.request_id)
+    async with session.post(gateway.chat_url, json=body(stream=True), headers=bearer()) as response:
+        told = await response.json()
+        assert (response.status, told["error"]["code"]) == (502, "upstream_error")
+        request_id = response.headers["x-request-id"]
+    event = await gateway.ending(request_id)
     assert (event["status"], event["usage"], event["cost_pico"]) == ("failed", {}, 0)
 
 

@@ -33,7 +33,7 @@ def test_the_corpus_projects_into_the_views(store: Store, log: Log) -> None:
     assert rows(store, "select outcome, count(*) from attempts group by all order by all") == [
         ("completed", 1),
         ("failed", 1),
-        ("lost", 2),
+        ("lost", 3),
     ]
     assert rows(store, "select entity, count(*) from audit_log group by all order by all") == [
         ("key", 2),

@@ -219,6 +219,7 @@ class Bench:
         self.switchboard = Switchboard(self.wall, ingress=INGRESS, max_bytes_per_relay=max_bytes)  # type: ignore[arg-type]
         self.fleet = Fleet(self.wall)  # type: ignore[arg-type]
         self.fleet.on_lost(self.switchboard.lose)
+        self.fleet.on_changed(self.switchboard.rouse_waiting)
         self._routes = routes
         control = Control()
         services = Services(

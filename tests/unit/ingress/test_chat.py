@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 import pytest
 
-from ingress.exchange import ATTEMPTS_MAX
+from ingress.policy.trail import LOST_MAX
 from ingress.problems import CLIENT_LEFT_STATUS
 from schemas import codec, subjects
 from schemas.errors import BacklogFull, QueueUnavailable, WorkerLost
@@ -249,15 +249,15 @@ async def test_what_a_lost_attempt_said_is_not_counted_for_the_next() -> None:
 async def test_after_so_many_lost_attempts_it_is_an_error() -> None:
     bench, client = Bench(), Client()
     task = await bench.serve(client)
-    for number in range(1, ATTEMPTS_MAX + 1):
+    for number in range(1, LOST_MAX + 1):
         bench.start(await bench.job(number))
         await _turns()
         bench.switchboard.lose(WORKER)
     await task
     assert (client.status, _error_code(client)) == (502, "worker_lost")
-    assert bench.log.finished.attempts == ATTEMPTS_MAX
+    assert bench.log.finished.attempts == LOST_MAX
     assert bench.log.finished.usage == Usage()
-    assert len({job.nonce for job in bench.queue.jobs}) == ATTEMPTS_MAX
+    assert len({job.nonce for job in bench.queue.jobs}) == LOST_MAX
     assert len(bench.switchboard) == 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ledger.explain import as_json, clock, tell
+from ledger.explain import as_json, clock, tell, words
 from schemas.ids import RequestId
 from schemas.money import UNKNOWN, Price, Usage
 from schemas.upcasters import UnknownEvent
@@ -106,3 +106,13 @@ def test_the_json_has_the_story_and_the_events() -> None:
 
 def test_times_keep_their_microseconds() -> None:
     assert clock(samples.NOON_NS + 1_999) == "2026-11-20 12:00:00.000001"
+
+
+def test_an_attempt_that_was_given_up_says_what_the_provider_said_and_what_it_cost_us() -> None:
+    lost = samples.lost(
+        epoch=1, code="upstream_rate_limited", upstream_status=429, usage=Usage(prompt_tokens=7), cost_pico=70
+    )
+    text = words(lost)
+    assert text.startswith(
+        "attempt 1 given up: upstream_rate_limited (worker-1 on r1, HTTP 429); at our cost: 7 prompt"
+    )
