@@ -16,7 +16,7 @@ import structlog
 
 from bus.connection import ApiError, BusUnavailable, Connection
 from bus.reader import OrderedReader, StoredMessage
-from bus.streams import stream_state
+from bus.streams import UNAVAILABLE_STATUS, stream_state
 from ledger.batch import Cursor
 from ledger.store import Store, StoreOutOfMemory
 from schemas import subjects
@@ -30,6 +30,7 @@ FULL_BATCH = 256  # so many messages at once: there are more, so the next commit
 GATHER_MAX_S = 0.5  # no query waits for it: see `catch_up`
 GATHER_SHARE = 50  # a small commit is followed by up to so many times its own length of gathering
 DRAIN_S = 10.0
+CHECK_AGAIN_S = 0.2
 OUT_OF_MEMORY_TRIES = 5
 
 
@@ -139,7 +140,7 @@ class Writer:
         return {name: await reader.pending() for name, reader in self._readers.items()}
 
     async def _follow(self, name: str) -> None:
-        reader, drain_until = self._readers[name], None
+        reader, drain_until, last_seq = self._readers[name], None, None
         while True:
             messages = await reader.batch(max_messages=self._batch_pages, wait_s=self._wait_s())
             if messages:
@@ -152,10 +153,12 @@ class Writer:
                 self._caught_up[name].set()
             if self._stopping.is_set():
                 drain_until = drain_until or time.monotonic() + DRAIN_S
+                if last_seq is None:  # what comes later is for the next start: under load there is always more
+                    last_seq = await self._last_seq(name)
+                if last_seq is not None and self._cursors[name].last_seq >= last_seq:
+                    return
                 if time.monotonic() > drain_until:
                     log.warning("drain_incomplete", log=name)
-                    return
-                if not messages and await self._nothing_left(reader):
                     return
 
     def _wait_s(self) -> float:
@@ -173,8 +176,7 @@ class Writer:
         """Stores *messages*; returns how long it took, in seconds."""
         began = time.monotonic()
         if name in self._unsure:
-            await self._same_stream(self._cursors[name])
-            self._unsure.discard(name)
+            await self._make_sure(name)
         cursor, stated = await self._append(messages, self._cursors[name])
         self._cursors[name] = cursor
         self._moved.set()
@@ -218,6 +220,30 @@ class Writer:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._thread, self._store.bind_stream, cursor.log, created)
         return cursor._replace(stream_created=created)
+
+    async def _make_sure(self, name: str) -> None:
+        """Checks that the stream is still the same, again while NATS gives no answer: it may be away once more.
+
+        Raises: SetupError if it isn't; when the writer is to stop also ApiError, BusUnavailable.
+        """
+        while name in self._unsure:
+            try:
+                await self._same_stream(self._cursors[name])
+            except (ApiError, BusUnavailable) as error:
+                if self._stopping.is_set() or (isinstance(error, ApiError) and error.status != UNAVAILABLE_STATUS):
+                    raise
+                log.debug("stream_not_checked", log=name, error=error.message)
+                await asyncio.sleep(CHECK_AGAIN_S)
+            else:
+                self._unsure.discard(name)
+
+    async def _last_seq(self, name: str) -> int | None:
+        """Where the stream ends now; None while NATS can't tell."""
+        try:
+            return int((await stream_state(self._connection, name))["last_seq"])
+        except PenstockError as error:
+            log.debug("end_unknown", log=name, error=error.message)
+            return None
 
     async def _nothing_left(self, reader: OrderedReader) -> bool:
         try:
