@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := schemas bus ingress workers ledger penstock.py
 
-.PHONY: help up test test-vllm conformance lint types format bench soak lock clean
+.PHONY: help up test test-vllm conformance faults lint types format bench soak lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ conformance: $(VENV)/.dev  ## openai-python's own tests, chat and models, agains
 test-vllm: ## The tests against a real vLLM on the CPU, in an environment of their own
 	@tools/vllm-env
 	@REQUIRE_VLLM=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
+faults: $(VENV)/.dev  ## Kill, stop, cut and fill up everything under load, and judge from outside (ARGS="--faults 10000 --seed 1")
+	@$(BIN)/python -m tests.faults.run $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and the import contracts
 	@$(BIN)/ruff check .

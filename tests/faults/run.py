@@ -62,6 +62,8 @@ def main(
     with tempfile.TemporaryDirectory(prefix="penstock-faults-") as temporary:
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise click.UsageError(f"{folder} is not empty")
         try:
             roots = dict.fromkeys(OLD, previous_release(folder / "previous")) if previous else {}
         except NoHistory as error:

@@ -142,7 +142,7 @@ class Run:
         made.problems += judge(evidence)
         made.problems += self._complaints.new()
         if all(fault.unseen for fault in self._orders.kinds):
-            made.problems += list(noticed(records))
+            made.problems += list(noticed(evidence))
         for record in records:
             made.ends[record.end] += 1
             if record.code is not None:
@@ -186,10 +186,14 @@ class Complaints:
                 yield Problem(Kind.WRONG, "no error is unforeseen", name, line.decode(errors="replace")[-1500:])
 
 
-def noticed(records: Sequence[Record]) -> Iterator[Problem]:
-    """Requests that did not end well although only such faults were injected as no client may notice."""
-    for record in records:
-        if record.end not in TOLERATED:
+def noticed(evidence: Evidence) -> Iterator[Problem]:
+    """Requests that did not end well although only such faults were injected as no client may notice.
+
+    A connection that was closed before anybody took the request is none of them: every SDK dials again.
+    """
+    for record in evidence.records:
+        taken = record.end is not End.BROKEN or evidence.entry_of(record) is not None
+        if record.end not in TOLERATED and taken:
             told = f"{record.end} {record.status} {record.code}"
             yield Problem(Kind.WRONG, "nobody notices such a fault", record.request_id or record.prompt.name, told)
 

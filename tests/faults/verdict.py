@@ -112,6 +112,8 @@ def _one_book(entry: Entry) -> Iterator[Problem]:
     if entry.ended_events > 1 or entry.accepted_events > 1:
         told = f"{entry.accepted_events} beginnings, {entry.ended_events} ends"
         yield Problem(Kind.DUPLICATED, "every request begins and ends once", entry.request_id, told)
+    if entry.status != "rejected" and entry.accepted_events == 0:
+        yield Problem(Kind.LOST, "every request that ends was accepted", entry.request_id, entry.status)
     if entry.cost_pico != entry.event_cost_pico:
         told = f"{entry.cost_pico} in the row, {entry.event_cost_pico} in the events"
         yield Problem(Kind.WRONG, "the sum of costs is that of the events", entry.request_id, told)

@@ -1,0 +1,160 @@
+"""The verdict finds each kind of broken promise, and none where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.faults.deployment import MODEL
+from tests.faults.load import End, Record
+from tests.faults.prompts import Prompt, Word
+from tests.faults.runner import noticed
+from tests.faults.verdict import Entry, Evidence, Kind, Problem, cost_pico, judge
+from tests.faults.witness import Generation
+
+PROMPT = Prompt("a1-1", 4, 0)
+REQUEST = "01a1fde8-904b-7383-8caa-d8d83bcf465d"
+
+
+def text(*generations: int) -> str:
+    """An answer whose words are said by these generations, in order."""
+    return "".join(Word(PROMPT.name, place, number).piece for place, number in enumerate(generations))
+
+
+def record(**changes: Any) -> Record:
+    usual: dict[str, Any] = {
+        "prompt": PROMPT,
+        "model": MODEL,
+        "stream": True,
+        "began_s": 0.0,
+        "end": End.COMPLETED,
+        "request_id": REQUEST,
+        "status": 200,
+        "text": text(1, 1, 1, 1),
+        "finish_reason": "stop",
+        "usage": (PROMPT.tokens, PROMPT.words),
+    }
+    return Record(**{**usual, **changes})
+
+
+def entry(**changes: Any) -> Entry:
+    """As the ledger has it, with its cost worked out."""
+    made = Entry(
+        request_id=REQUEST,
+        status="completed",
+        code=None,
+        http_status=200,
+        prompt_hash=PROMPT.hash,
+        prompt_tokens=PROMPT.tokens,
+        completion_tokens=PROMPT.words,
+        cached_tokens=PROMPT.cached_tokens,
+        accepted_events=1,
+        ended_events=1,
+    )
+    made = replace(made, **{name: value for name, value in changes.items() if not name.endswith("_pico")})
+    costs = {"cost_pico": cost_pico(made), "event_cost_pico": cost_pico(made)}
+    return replace(made, **{name: changes.get(name, cost) for name, cost in costs.items()})
+
+
+def generation(number: int = 1, *, given: str = "", said: int = PROMPT.words) -> Generation:
+    return Generation(PROMPT, number, given, start=len(given.split()), began_s=0.0, said=said, whole=True)
+
+
+def found(
+    records: list[Record] | None = None,
+    generations: list[Generation] | None = None,
+    entries: list[Entry] | None = None,
+) -> list[Problem]:
+    said = {PROMPT.name: [generation()] if generations is None else generations}
+    return judge(Evidence([record()] if records is None else records, said, [entry()] if entries is None else entries))
+
+
+def rules(problems: list[Problem]) -> set[tuple[Kind, str]]:
+    return {(problem.kind, problem.rule) for problem in problems}
+
+
+def test_nothing_is_found_where_all_is_well() -> None:
+    assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "entries"),
+    [
+        (Kind.LOST, "what a client was answered is in the ledger", []),
+        (Kind.LOST, "every accepted request ends", [entry(status="open", ended_events=0)]),
+        (Kind.LOST, "every request that ends was accepted", [entry(accepted_events=0)]),
+        (Kind.DUPLICATED, "every request begins and ends once", [entry(ended_events=2)]),
+        (Kind.DUPLICATED, "a request has one row", [entry(), entry()]),
+        (Kind.DUPLICATED, "a request is accepted once", [entry(), entry(request_id="another")]),
+        (Kind.WRONG, "the sum of costs is that of the events", [entry(event_cost_pico=1)]),
+        (Kind.WRONG, "the cost is tokens times price", [entry(cost_pico=1, event_cost_pico=1)]),
+        (Kind.WRONG, "billed is what was delivered", [entry(completion_tokens=3)]),
+        (Kind.WRONG, "what completed is billed as the provider counted", [entry(estimated=True)]),
+        (Kind.WRONG, "the prompt is billed as counted", [entry(prompt_tokens=PROMPT.tokens + 1)]),
+        (Kind.WRONG, "who was answered has completed", [entry(status="cancelled")]),
+    ],
+)
+def test_a_ledger_that_tells_something_else_is_found_out(kind: Kind, rule: str, entries: list[Entry]) -> None:
+    assert (kind, rule) in rules(found(entries=entries))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "changes"),
+    [
+        (Kind.WRONG, "each word is in its place", {"text": text(1, 1, 1, 1).replace(":2:", ":1:")}),
+        (Kind.WRONG, "each word is in its place", {"text": text(1, 1, 1, 1).replace("a1-1:2", "b7-1:2")}),
+        (Kind.WRONG, "no byte is added or lost", {"text": text(1, 1, 1, 1).replace(" ", "  ")}),
+        (Kind.WRONG, "no stream mixes two attempts", {"text": text(1, 1, 2, 2)}),
+        (Kind.WRONG, "a completed answer is whole", {"text": text(1, 1, 1)}),
+        (Kind.WRONG, "a completed answer is whole", {"finish_reason": None}),
+        (Kind.WRONG, "a completed answer's usage is the provider's", {"usage": (1, 4)}),
+        (Kind.WRONG, "no answer ends without a reason", {"end": End.SILENT}),
+        (Kind.WRONG, "an error is told as it is recorded", {"end": End.FAILED, "code": "worker_lost"}),
+        (Kind.LOST, "every client hears an end", {"end": End.HUNG}),
+    ],
+)
+def test_a_client_that_was_told_something_else_is_heard(kind: Kind, rule: str, changes: dict[str, Any]) -> None:
+    assert (kind, rule) in rules(found([record(**changes)], [generation(), generation(2)]))
+
+
+def test_an_answer_may_be_continued_by_who_was_given_what_was_delivered() -> None:
+    continued = generation(2, given=text(1, 1), said=2)
+    assert found([record(text=text(1, 1, 2, 2))], [generation(said=2), continued]) == []
+
+
+def test_an_answer_may_not_be_continued_behind_something_else() -> None:
+    continued = generation(2, given=text(3, 3), said=2)
+    problems = found([record(text=text(1, 1, 2, 2))], [generation(said=2), continued])
+    assert rules(problems) == {(Kind.WRONG, "no stream mixes two attempts")}
+
+
+def test_an_error_in_the_stream_is_billed_for_exactly_what_was_delivered() -> None:
+    heard = record(end=End.FAILED, code="worker_lost", text=text(1, 1), usage=None, finish_reason=None)
+    failed = {"status": "failed", "code": "worker_lost", "estimated": True, "prompt_tokens": PROMPT.estimated_tokens}
+    assert found([heard], entries=[entry(**failed, cached_tokens=0, completion_tokens=2)]) == []
+    billed = found([heard], entries=[entry(**failed, cached_tokens=0, completion_tokens=3)])
+    assert rules(billed) == {(Kind.WRONG, "billed is what was delivered")}
+
+
+@pytest.mark.parametrize(("tokens", "fine"), [(1, False), (2, True), (3, True), (4, False)])
+def test_who_hung_up_is_billed_for_no_less_than_it_heard_and_no_more_than_was_made(tokens: int, fine: bool) -> None:
+    heard = record(end=End.LEFT, text=text(1, 1), usage=None, finish_reason=None)
+    cancelled = {"status": "cancelled", "code": "client_left", "http_status": 499, "estimated": True}
+    problems = found([heard], [generation(said=3)], [entry(**cancelled, completion_tokens=tokens)])
+    assert (problems == []) is fine
+
+
+def test_what_never_arrived_leaves_no_trace_and_needs_none() -> None:
+    lost = record(end=End.BROKEN, request_id=None, status=None, text="", usage=None)
+    assert found([lost], [], []) == []
+    assert rules(found([lost], [generation()], [])) == {(Kind.LOST, "what was generated is in the ledger")}
+
+
+def test_a_request_without_an_answer_is_noticed_only_if_somebody_took_it() -> None:
+    """A connection that ends before anything was read of it is dialled again by every SDK."""
+    broken = record(end=End.BROKEN, request_id=None)
+    assert list(noticed(Evidence([broken], {}, []))) == []
+    assert len(list(noticed(Evidence([broken], {}, [entry()])))) == 1
+    assert len(list(noticed(Evidence([record(end=End.FAILED)], {}, [])))) == 1
