@@ -10,6 +10,7 @@ from starlette.types import Send
 
 from ingress.problems import Problem
 from ingress.sse import KEEP_ALIVE, EventWriter, whole_body
+from ingress.transcript import EVENT
 from schemas.ids import RequestId
 
 Headers = list[tuple[bytes, bytes]]
@@ -97,7 +98,9 @@ class StreamedAnswer:
                 *self._headers(),
             ]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": b"".join(parts), "more_body": more})
+        number = 0 if self._made_writer is None else self._made_writer.number
+        body = b"".join(parts)
+        await self._send({"type": "http.response.body", "body": body, "more_body": more, EVENT: number})
 
 
 class WholeAnswer:

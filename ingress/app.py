@@ -47,6 +47,7 @@ def build_app(
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{model:path}", models.retrieve, methods=["GET"]),
             Route("/v1/models/{model:path}", models.delete, methods=["DELETE"]),
+            Route(CHAT_PATH + "/{completion_id}", Endpoint(chat.replays.resume)),
             Route("/healthz", health.live, methods=["GET"]),
             Route("/readyz", health.ready, methods=["GET"]),
             Route("/openapi.json", api_description, methods=["GET"]),
@@ -67,6 +68,16 @@ def build_app(
             await rest(scope, receive, send)
 
     return app
+
+
+class Endpoint:
+    """A plain ASGI application among the routes, which take a function for something else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
 
 
 class Models:

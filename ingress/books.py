@@ -80,6 +80,9 @@ class Books:
         self.overhead_us = 0  # ours until the first chunk: all time but the provider's
         self.tried = ""  # the attempts that came to nothing and why, for a header
         self.delivered = False  # something reached the client
+        self.served = (
+            False  # it was answered or has a cost, so that it must not be done again for the same Idempotency-Key
+        )
         self._log = log
         self._body_bytes = body_bytes
         self._prompt_hash = prompt_hash
@@ -183,6 +186,7 @@ class Books:
                 within_s = RECORD_WAIT_S
             case _:
                 assert_never(ending)
+        self.served = isinstance(ending, Done) or event.usage.total_tokens > 0
         await self._log.record(event, within_s=within_s)
 
     def estimate(self) -> Usage:

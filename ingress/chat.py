@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -18,8 +19,10 @@ from ingress.auth import authenticate
 from ingress.books import RECORD_FAILURE_WAIT_S, Arrival, Books
 from ingress.exchange import Exchange, Services
 from ingress.problems import CLIENT_LEFT_STATUS, Problem, problem_of
-from ingress.protocol import cut_of
+from ingress.reader import Client
+from ingress.replay import NO_WISH, Replays, Wish, wish_of
 from ingress.sse import EventWriter
+from ingress.transcript import Transcript
 from schemas.chat import ChatRequest, decode_request
 from schemas.control import KeyStated
 from schemas.errors import (
@@ -54,7 +57,8 @@ class Visit:
     arrival: Arrival
     principal: KeyStated | None = None
     request: ChatRequest | None = None
-    body_bytes: int = 0
+    body: bytes = b""
+    wish: Wish = NO_WISH
 
 
 class ChatCompletions:
@@ -65,13 +69,14 @@ class ChatCompletions:
         self._control = control
         self._settings = settings
         self._running = 0
+        self.replays = Replays(services.log, control, settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._running += 1
         try:
             visit = Visit(Arrival(RequestId(new_id()), time.monotonic(), time.time_ns()))
             try:
-                exchange = await self._admit(visit, scope, receive)
+                admitted = await self._admit(visit, scope, receive)
             except PenstockError as error:
                 await self._reject(error, visit, receive, send)
             except Exception:
@@ -79,25 +84,35 @@ class ChatCompletions:
                 log.exception("admission_broke", request_id=visit.arrival.request_id)
                 await self._reject(PenstockError(), visit, receive, send)
             else:
-                cut = cut_of(scope.get("state", {}))
-                await exchange.run(_answer(send, visit.arrival, exchange.books, cut), receive)
+                await self._serve(admitted, visit, Client(scope, receive, send))
         finally:
             self._running -= 1
 
-    async def _admit(self, visit: Visit, scope: Scope, receive: Receive) -> Exchange:
-        """The exchange for a request that may be served; *visit* is told what is known of it on the way.
+    async def _serve(self, admitted: Exchange | Transcript, visit: Visit, client: Client) -> None:
+        match admitted:
+            case Transcript():
+                await self.replays.tell_again(admitted, after=visit.wish.after or 0, client=client)
+            case Exchange():
+                answer = partial(_answer, admitted.books)
+                await self.replays.serve(admitted, answer, visit.wish, body=visit.body, client=client)
+
+    async def _admit(self, visit: Visit, scope: Scope, receive: Receive) -> Exchange | Transcript:
+        """The exchange for a request that may be served, or what is said already to the same one; *visit* is told what is known of it.
 
         Raises: PenstockError that says why it may not.
         """
         if scope["method"] != "POST":
             raise MethodNotAllowed("Send a POST request with a JSON body.")
-        if self._running > self._settings.max_concurrent_requests:
+        if max(self._running, self.replays.running) > self._settings.max_concurrent_requests:
             raise Overloaded
         principal = authenticate(scope["headers"], self._control.state, now_ns=visit.arrival.ns)
         visit.principal = principal
         body = await self._read_body(scope, receive)
-        visit.body_bytes = len(body)
+        visit.body = body
         visit.request = request = decode_request(body)
+        visit.wish = wish = wish_of(scope["headers"], resume_s=self._settings.resume_s)
+        if (earlier := self.replays.earlier(wish, principal, body)) is not None:
+            return earlier
         if not self._services.queue.is_up:
             raise QueueUnavailable
         books = Books(
@@ -152,7 +167,7 @@ class ChatCompletions:
             code=error.code,
             http_status=CLIENT_LEFT_STATUS if left else problem.status,
             stream=request is not None and request.stream,
-            body_bytes=visit.body_bytes,
+            body_bytes=len(visit.body),
         )
         try:
             await self._services.log.record(event, within_s=RECORD_FAILURE_WAIT_S)
@@ -192,7 +207,8 @@ def prompt_hash(org: OrgId, messages: bytes) -> str:
     return hashlib.sha256(org.encode() + b"\0" + messages).hexdigest()
 
 
-def _answer(send: Send, arrival: Arrival, books: Books, cut: Callable[[], None]) -> Answer:
+def _answer(books: Books, send: Send, cut: Callable[[], None]) -> Answer:
+    arrival = books.arrival
     request = books.request
     created = arrival.ns // 1_000_000_000
 

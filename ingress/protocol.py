@@ -21,6 +21,7 @@ from schemas.ids import new_id
 from schemas.settings import IngressSettings
 
 CUT = "penstock.cut"  # in the scope's state: a function that ends the connection now, whatever has not been sent yet
+TASKS = "penstock.tasks"  # in the scope's state: the set of the tasks that the server's drain waits for
 WRITE_TIMEOUT_S = 60.0  # for 48 KiB of what is sent to a client to be read by it
 
 RESET = struct.pack("ii", 1, 0)  # linger for no time: close with a reset
@@ -108,6 +109,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise TooEarlyError
         super().on_message_begin()
         self.scope["state"][CUT] = self.cut
+        self.scope["state"][TASKS] = self.tasks
         self._in_header = True
         self._header_bytes = self._raw_bytes = 0
         if self._header_timer is None:
@@ -212,6 +214,12 @@ def bounded_protocol(settings: IngressSettings, *, write_timeout_s: float = WRIT
 def cut_of(state: dict[str, Any]) -> Callable[[], None]:
     """What ends a connection now, from its scope's *state*; nothing where another server runs the application."""
     found: Callable[[], None] = state.get(CUT, _nothing)
+    return found
+
+
+def tasks_of(state: dict[str, Any]) -> set[asyncio.Future[None]]:
+    """What the server waits for when it stops, from a scope's *state*; nobody's set where another server runs the application."""
+    found: set[asyncio.Future[None]] = state.get(TASKS, set())
     return found
 
 

@@ -359,15 +359,16 @@ class Wire:
     def vanish(self) -> None:
         self.writer.transport.abort()
 
-    def head(self, *, length: int | None = None, key: str = CLIENT_KEY, chunked: bool = False) -> None:
+    def head(self, *, length: int | None = None, key: str = CLIENT_KEY, chunked: bool = False, **further: str) -> None:
         lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {key}"]
         lines += [] if length is None else [f"Content-Length: {length}"]
         lines += ["Transfer-Encoding: chunked"] if chunked else []
+        lines += [f"{name}: {value}" for name, value in further.items()]
         self.send("\r\n".join([*lines, "", ""]).encode())
 
-    def ask(self, given: dict[str, Any]) -> None:
+    def ask(self, given: dict[str, Any], **headers: str) -> None:
         raw = msgspec.json.encode(given)
-        self.head(length=len(raw))
+        self.head(length=len(raw), **headers)
         self.send(raw)
 
     def send(self, data: bytes) -> None:

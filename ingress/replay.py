@@ -1,0 +1,219 @@
+"""Retries and broken connections: a client is told what it, or its first try, was told already, and what comes after it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import structlog
+from starlette.types import Message, Receive, Scope, Send
+
+from bus.control import ControlFeed
+from bus.log import EventLog
+from ingress.answer import Answer
+from ingress.archive import Archive
+from ingress.auth import Principal, authenticate
+from ingress.exchange import Exchange
+from ingress.protocol import tasks_of
+from ingress.reader import Client, Reader, follow
+from ingress.transcript import Owner, Transcript
+from schemas.errors import AnswerNotFound, BadRequest, MethodNotAllowed
+from schemas.events import RequestReplayed
+from schemas.ids import EventId, RequestId, new_id, request_id_of
+from schemas.settings import IngressSettings
+
+log = structlog.get_logger()
+
+KEY_CHARS_MAX = 255
+EVENT_DIGITS_MAX = 15
+REPLAYED = (b"x-penstock-replayed", b"true")
+
+MakeAnswer = Callable[[Send, Callable[[], None]], Answer]
+
+
+class Wish(NamedTuple):
+    """What a request's headers say of retries and broken connections."""
+
+    key: str | None = None  # Idempotency-Key
+    grace_s: float | None = None  # x-penstock-resume
+    after: int | None = None  # Last-Event-ID
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the request shall go on without its client."""
+        return self.key is not None or self.grace_s is not None
+
+
+NO_WISH = Wish()
+
+
+def wish_of(headers: list[tuple[bytes, bytes]], *, resume_s: float) -> Wish:
+    """Raises: BadRequest that names the header."""
+    wish = NO_WISH
+    for name, value in headers:
+        match name:
+            case b"idempotency-key":
+                wish = wish._replace(key=_key(value))
+            case b"x-penstock-resume":
+                wish = wish._replace(grace_s=_seconds(value, resume_s))
+            case b"last-event-id" if value:
+                wish = wish._replace(after=_number(value))
+    return wish
+
+
+class Replays:
+    """What the chat endpoint does so that answers can be read again."""
+
+    def __init__(self, event_log: EventLog, control: ControlFeed, settings: IngressSettings) -> None:
+        self.archive = Archive(settings)
+        self.running = 0  # requests that go on without their clients if need be
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._log = event_log
+        self._control = control
+        self._resume_s = settings.resume_s
+
+    def earlier(self, wish: Wish, principal: Principal, body: bytes) -> Transcript | None:
+        """The answer to an earlier try of the same request, which may still be on its way.
+
+        Raises: IdempotencyKeyReused, AnswerNotKept, AnswerNotFound, BadRequest, LogUnavailable.
+        """
+        if wish.key is None:
+            if wish.after is not None:
+                raise BadRequest(
+                    "Last-Event-ID continues a request with an Idempotency-Key; without one, send it with "
+                    "GET /v1/chat/completions/{id of the completion or of the request}."
+                )
+            return None
+        transcript = self.archive.find_claim(_owner(principal), key=wish.key, body=body)
+        if transcript is not None:
+            self._note(transcript, principal, by="idempotency_key", after=wish.after or 0)
+        elif wish.after is not None:
+            raise AnswerNotFound
+        return transcript
+
+    async def serve(
+        self, exchange: Exchange, make_answer: MakeAnswer, wish: Wish, *, body: bytes, client: Client
+    ) -> None:
+        """Runs *exchange* for *client*, and keeps what that is told."""
+        books = exchange.books
+        request_id, owner = books.arrival.request_id, _owner(books.principal)
+        if wish.lasting:
+            transcript = self._open(wish, request_id, owner, body=body)
+            reader = Reader(transcript, after=0)
+            self._spawn(self._run(exchange, make_answer, transcript), client)
+            await follow(reader, client)
+        elif books.request.stream and (unasked := self.archive.open_unasked(request_id, owner)) is not None:
+            await self._run_attached(exchange, make_answer, unasked, client)
+        else:
+            await exchange.run(make_answer(client.send, client.cut), client.receive)
+
+    async def tell_again(self, transcript: Transcript, *, after: int, client: Client) -> None:
+        await follow(Reader(transcript, after=after), client, headers=[REPLAYED])
+
+    async def resume(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """GET /v1/chat/completions/{id}, as an ASGI application. Raises: PenstockError, before anything is sent."""
+        if scope["method"] != "GET":
+            raise MethodNotAllowed("Send a GET request, with Last-Event-ID to continue after that event.")
+        principal = authenticate(scope["headers"], self._control.state, now_ns=time.time_ns())
+        after = wish_of(scope["headers"], resume_s=self._resume_s).after or 0
+        try:
+            request_id = request_id_of(scope["path_params"]["completion_id"])
+        except ValueError as error:
+            raise AnswerNotFound from error
+        transcript = self.archive.find(_owner(principal), request_id)
+        self._note(transcript, principal, by="last_event_id", after=after)
+        await self.tell_again(transcript, after=after, client=Client(scope, receive, send))
+
+    def _open(self, wish: Wish, request_id: RequestId, owner: Owner, *, body: bytes) -> Transcript:
+        grace_s = self._resume_s if wish.grace_s is None else wish.grace_s
+        if wish.key is None:
+            return self.archive.open(request_id, owner, grace_s=grace_s)
+        return self.archive.claim(request_id, owner, key=wish.key, body=body, grace_s=grace_s)
+
+    async def _run(self, exchange: Exchange, make_answer: MakeAnswer, transcript: Transcript) -> None:
+        """Runs *exchange* for whoever is attached to *transcript*."""
+        self.running += 1
+        try:
+            await exchange.run(make_answer(transcript.send, transcript.cancel), transcript.deserted)
+        finally:
+            self.running -= 1
+            self.archive.settle(transcript, served=exchange.books.served)
+
+    async def _run_attached(
+        self, exchange: Exchange, make_answer: MakeAnswer, transcript: Transcript, client: Client
+    ) -> None:
+        """Runs *exchange* for the one client that asked, as long as it is there, and for those that take its place."""
+        cut = client.cut
+
+        async def tell(message: Message) -> None:
+            transcript.take(message)
+            await client.send(message)
+
+        async def leaving() -> Message:
+            message = await client.receive()
+            if message["type"] != "http.disconnect":
+                return message
+            transcript.detach()
+            return await transcript.deserted()
+
+        def end() -> None:
+            cut()
+            transcript.cancel()
+
+        transcript.attach()
+        transcript.on_reader = cut  # or the exchange would go on waiting for a connection that nobody reads any more
+        try:
+            await exchange.run(make_answer(tell, end), leaving)
+        finally:
+            transcript.on_reader = None
+            self.archive.settle(transcript)
+
+    def _spawn(self, work: Awaitable[None], client: Client) -> None:
+        """Runs *work* as the server's own requests run: a drain waits for it."""
+        task = asyncio.ensure_future(work)
+        for tasks in (self._tasks, tasks_of(client.scope.get("state", {}))):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    def _note(self, transcript: Transcript, principal: Principal, *, by: str, after: int) -> None:
+        """Raises: AnswerNotKept, BadRequest, LogUnavailable."""
+        transcript.check(after)
+        self._log.note(
+            RequestReplayed(
+                id=EventId(new_id()),
+                ts_ns=time.time_ns(),
+                org=principal.org,
+                request_id=transcript.request_id,
+                producer=self._log.producer,
+                key_id=principal.key_id,
+                by=by,
+                running=not transcript.ended,
+                after=after,
+            )
+        )
+
+
+def _owner(principal: Principal) -> Owner:
+    return Owner(principal.org, principal.key_id)
+
+
+def _key(value: bytes) -> str:
+    if not 0 < len(value) <= KEY_CHARS_MAX or not value.isascii() or not value.decode().isprintable():
+        raise BadRequest(f"Invalid Idempotency-Key: expected 1 to {KEY_CHARS_MAX} printable ASCII characters.")
+    return value.decode()
+
+
+def _seconds(value: bytes, most: float) -> float:
+    text = value.decode("latin-1").strip()
+    if not text.isdecimal() or not text.isascii() or len(text) > EVENT_DIGITS_MAX or int(text) > most:
+        raise BadRequest(f"Invalid x-penstock-resume: expected whole seconds, {most:g} at most.")
+    return float(text)
+
+
+def _number(value: bytes) -> int:
+    text = value.decode("latin-1").strip()
+    if not text.isdecimal() or not text.isascii() or len(text) > EVENT_DIGITS_MAX:
+        raise BadRequest("Invalid Last-Event-ID: expected the id of an event of the stream, a whole number.")
+    return int(text)
