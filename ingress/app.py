@@ -47,7 +47,7 @@ def build_app(
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{model:path}", models.retrieve, methods=["GET"]),
             Route("/v1/models/{model:path}", models.delete, methods=["DELETE"]),
-            Route(CHAT_PATH + "/{completion_id}", Endpoint(chat.replays.resume)),
+            Route(CHAT_PATH + "/{completion_id}", Endpoint(chat.replays.resume), methods=["GET"]),
             Route("/healthz", health.live, methods=["GET"]),
             Route("/readyz", health.ready, methods=["GET"]),
             Route("/openapi.json", api_description, methods=["GET"]),

@@ -45,7 +45,7 @@ class Room:
     def __len__(self) -> int:
         return len(self._ended)
 
-    def charge(self, size: int) -> bool:
+    def charge(self, size: int, /) -> bool:
         self.bytes += size
         while self.bytes > self._max_bytes:
             if self._full:

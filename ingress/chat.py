@@ -103,7 +103,7 @@ class ChatCompletions:
         """
         if scope["method"] != "POST":
             raise MethodNotAllowed("Send a POST request with a JSON body.")
-        if max(self._running, self.replays.running) > self._settings.max_concurrent_requests:
+        if max(self._running, self.replays.running + 1) > self._settings.max_concurrent_requests:
             raise Overloaded
         principal = authenticate(scope["headers"], self._control.state, now_ns=visit.arrival.ns)
         visit.principal = principal

@@ -34,7 +34,7 @@ class Owner(NamedTuple):
 class Room(Protocol):
     """Where a transcript's bytes are counted."""
 
-    def charge(self, size: int) -> bool:
+    def charge(self, size: int, /) -> bool:
         """Counts *size* bytes more (or less); False if that is more than there is room for."""
 
 

@@ -27,7 +27,9 @@ _ERRORS = {
     404: "There is nothing of this name",
     408: "The body did not arrive in time",
     409: "Somebody else changed it first",
+    410: "It was served, but its answer is not kept any more, or it was cancelled as its client stayed away",
     413: "The body is over the limit",
+    422: "The `Idempotency-Key` was used for another body",
     429: "Too much waits already, here or at the provider; `retry-after` says when to come back",
     502: "The provider or the worker failed",
     503: "Nobody can serve this at the moment; `retry-after` says when to come back",
@@ -41,6 +43,12 @@ _ANSWER_HEADERS = {
     "x-penstock-attempts": "How many attempts it took",
     "x-penstock-cache": "Whether a cache answered",
     "x-penstock-overhead-ms": "What Penstock itself added, in milliseconds",
+    "x-penstock-replayed": "`true` where this was told before and costs nothing",
+}
+_RETRY_HEADERS = {
+    "Idempotency-Key": "A retry with the same key and body joins the request or is told its answer again, and is billed once",
+    "x-penstock-resume": "For how many seconds the request goes on when its connection breaks",
+    "Last-Event-ID": "With an `Idempotency-Key`: the last event of the stream that the client has",
 }
 
 
@@ -80,7 +88,19 @@ def _paths() -> dict[str, Json]:
                 "Answers a conversation, whole or as a stream",
                 {"200": _completion()},
                 body=_json(ChatRequest),
-                errors=(400, 401, 404, 408, 413, 429, 502, 503, 504),
+                errors=(400, 401, 404, 408, 410, 413, 422, 429, 502, 503, 504),
+                headers=_RETRY_HEADERS,
+            ),
+        },
+        "/v1/chat/completions/{completion_id}": {
+            "parameters": [_path("completion_id", "The completion's id, or the request's")],
+            "get": _operation(
+                "resumeChatCompletion",
+                "chat",
+                "The same answer again, for a short time: a stream, or the rest of it, also while it runs",
+                {"200": _completion()},
+                errors=(400, 401, 404, 410),
+                headers={"Last-Event-ID": "The last event of the stream that the client has"},
             ),
         },
         "/v1/models": {
@@ -150,9 +170,12 @@ def _operation(
     *,
     body: Json | None = None,
     errors: tuple[int, ...],
+    headers: dict[str, str] | None = None,
 ) -> Json:
     responses = {**answers, **{str(status): {"$ref": f"#/components/responses/{status}"} for status in errors}}
     operation: Json = {"operationId": id_, "tags": [tag], "summary": summary, "responses": responses}
+    if headers is not None:
+        operation["parameters"] = [{"name": name, "in": "header", **_header(text)} for name, text in headers.items()]
     return operation if body is None else {**operation, "requestBody": {"required": True, **body}}
 
 
@@ -164,7 +187,7 @@ def _probe(id_: str, summary: str, *, otherwise: dict[str, Json] | None = None) 
 def _completion() -> Json:
     stream = (
         "With `stream: true`: server-sent events, each `data:` a chunk, the last one `data: [DONE]`; an error in "
-        "between is an event whose data is the error body. Comments keep the connection alive."
+        "between is an event whose data is the error body. Each has an `id`: 1, 2, 3, … Comments keep the connection alive."
     )
     return {
         "description": f"The answer. {stream}",

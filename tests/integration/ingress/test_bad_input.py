@@ -376,7 +376,7 @@ async def test_another_method_on_the_chat_path_is_a_405(
         await _check(gateway, headers_of(response), await response.json(), status=405, code="method_not_allowed")
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions", "/v2/chat/completions", "/v1/chat/completions/x"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions", "/v2/chat/completions", "/v1/chat/completions/x/y"])
 async def test_an_unknown_path_is_a_404_in_the_same_shape(
     gateway: Gateway, session: aiohttp.ClientSession, path: str
 ) -> None:

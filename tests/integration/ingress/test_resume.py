@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -238,7 +239,7 @@ async def test_what_can_not_be_continued_is_refused(
         assert (status, code_of(raw)) == (400, "invalid_request")
     assert (await resume(session, gateway, stream.request_id, last))[2] == b""
     async with session.post(f"{gateway.chat_url}/{stream.request_id}", headers=bearer()) as answer:
-        assert answer.status == 405
+        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
     async with session.post(gateway.chat_url, json=body(), headers=bearer()) as answer:
         await answer.read()
         plain = answer.headers["x-request-id"]
@@ -285,6 +286,58 @@ async def test_the_sdk_continues_a_stream(gateway: Gateway, mock: MockProvider) 
         texts += [chunk.choices[0].delta.content or "" async for chunk in rest]
     assert "".join(texts) == " ".join(f"w{number}" for number in range(20))
     assert len(mock.seen) == 1
+
+
+class CuttingProxy:
+    """Forwards TCP to the gateway, and cuts each of the first connections after some bytes of an answer."""
+
+    def __init__(self, base_url: str, *, cuts: list[int]) -> None:
+        self._port = int(base_url.split(":")[2].split("/", maxsplit=1)[0])
+        self.cuts = cuts
+
+    async def __aenter__(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left = self.cuts.pop(0) if self.cuts else 1 << 30
+        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._port)
+
+        async def up() -> None:
+            while data := await reader.read(65536):
+                upstream_writer.write(data)
+
+        sender = asyncio.create_task(up())
+        while left > 0 and (data := await upstream_reader.read(min(left, 65536))):
+            writer.write(data)
+            await writer.drain()
+            left -= len(data)
+        sender.cancel()
+        upstream_writer.transport.abort()
+        writer.transport.abort()
+
+
+def example_of_continuing() -> str:
+    """The program in docs/clients.md."""
+    page = (Path(__file__).parents[3] / "docs" / "clients.md").read_text(encoding="utf-8")
+    (found,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Last-Event-ID" in block]
+    return str(found)
+
+
+async def test_the_example_of_the_page_gets_the_whole_text_over_a_connection_that_breaks(
+    gateway: Gateway, mock: MockProvider
+) -> None:
+    mock.script(tokens=40, pace_s=0.01)
+    program = example_of_continuing().replace("sk-penstock-...", CLIENT_KEY).replace('"echo"', repr(MODEL))
+    found: dict[str, Any] = {}
+    async with CuttingProxy(gateway.base_url, cuts=[2500, 1900, 3100]) as base_url:
+        await asyncio.to_thread(exec, program.replace("http://127.0.0.1:8000/v1", base_url), found)
+    assert found["text"] == " ".join(f"w{number}" for number in range(40))
+    assert len(mock.seen) == 1
+    assert len([event for event in gateway.events if event["kind"] == "request.replayed"]) == 3
 
 
 async def test_a_retry_with_its_key_continues_after_the_last_event_that_came(

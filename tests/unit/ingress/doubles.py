@@ -219,7 +219,11 @@ class Bench:
         self.switchboard = Switchboard(self.wall, ingress=INGRESS, max_bytes_per_relay=max_bytes)  # type: ignore[arg-type]
         self.fleet = Fleet(self.wall)  # type: ignore[arg-type]
         self.fleet.on_lost(self.switchboard.lose)
+<<<<<<< HEAD
         self.fleet.on_changed(self.switchboard.rouse_waiting)
+=======
+        self.tasks: set[asyncio.Future[None]] = set()  # that the server's drain would wait for
+>>>>>>> 3e1edf8 (Tell clients, operators and programs of retries and broken connections; bound and property tests)
         self._routes = routes
         control = Control()
         services = Services(
@@ -237,15 +241,20 @@ class Bench:
             settings=settings or IngressSettings(),
         )
 
-    async def serve(self, client: Client, *, key: str = KEY, method: str = "POST") -> asyncio.Task[None]:
+    async def serve(
+        self, client: Client, *, key: str = KEY, method: str = "POST", headers: dict[str, str] | None = None
+    ) -> asyncio.Task[None]:
         """Begins to serve *client*."""
         await self.fleet._on_presence(Message("presence.x", codec.encode(presence(routes=self._routes))))  # type: ignore[arg-type]
         scope = {
             "type": "http",
             "method": method,
             "path": "/v1/chat/completions",
-            "headers": [(b"authorization", f"Bearer {key}".encode())],
-            "state": {"penstock.cut": client.cut_off},
+            "headers": [
+                (b"authorization", f"Bearer {key}".encode()),
+                *((name.lower().encode(), value.encode()) for name, value in (headers or {}).items()),
+            ],
+            "state": {"penstock.cut": client.cut_off, "penstock.tasks": self.tasks},
         }
         return asyncio.create_task(self.chat(scope, client.receive, client.send))
 

@@ -45,6 +45,7 @@ def test_the_document_is_valid_openapi_3_1(openapi: dict[str, Any]) -> None:
 def test_every_public_operation_is_in_it(openapi: dict[str, Any]) -> None:
     assert set(operations(openapi)) == {
         "POST /v1/chat/completions",
+        "GET /v1/chat/completions/{completion_id}",
         "GET /v1/models",
         "GET /v1/models/{model}",
         "DELETE /v1/models/{model}",

@@ -1,0 +1,133 @@
+"""Requests that outlive their connections, with the queue, the log and the worker in the test's hands."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from schemas.events import RequestReplayed
+from schemas.settings import IngressSettings
+from tests.unit.ingress.doubles import BODY, STREAM_BODY, Bench, Client
+from tests.waiting import eventually
+
+KEYED = {"Idempotency-Key": "k"}
+
+
+async def _turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def _code(client: Client) -> str:
+    return str(msgspec.json.decode(client.body.rpartition(b"data: ")[2])["error"]["code"])
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM_BODY], ids=["whole", "stream"])
+async def test_the_last_byte_waits_for_the_closing_event_for_every_reader(body: bytes) -> None:
+    bench, first, second = Bench(), Client(body), Client(body)
+    tasks = [await bench.serve(first, headers=KEYED)]
+    job = await bench.job()
+    tasks.append(await bench.serve(second, headers=KEYED))
+    bench.start(job)
+    await _turns()
+    bench.log.open.clear()
+    bench.finish(job, 1, text="a")
+    await eventually(lambda: "request.finished" in bench.log.kinds(), every_s=0)
+    await _turns()
+    assert not first.is_over
+    assert not second.is_over
+    bench.log.open.set()
+    await asyncio.gather(*tasks)
+    assert first.body == second.body
+    assert len(bench.queue.jobs) == 1
+
+
+async def test_what_is_finished_is_told_again_when_the_queue_is_away_and_nobody_serves_the_model() -> None:
+    bench, first, second = Bench(), Client(), Client()
+    task = await bench.serve(first, headers=KEYED)
+    job = await bench.job()
+    bench.start(job)
+    bench.finish(job, 1, text="a")
+    await task
+    bench.queue.is_up = False
+    await (await bench.serve(second, headers=KEYED))
+    assert second.status == 200
+    assert second.body == first.body
+    (told,) = [event for event in bench.log.events if isinstance(event, RequestReplayed)]
+    assert (told.request_id, told.running) == (job.request_id, False)
+
+
+async def test_a_refusal_before_any_work_leaves_the_key_free() -> None:
+    bench, first, second = Bench(), Client(), Client()
+    bench.queue.is_up = False
+    await (await bench.serve(first, headers=KEYED))
+    assert first.status == 503
+    bench.queue.is_up = True
+    task = await bench.serve(second, headers=KEYED)
+    job = await bench.job()
+    bench.start(job)
+    bench.finish(job, 1, text="a")
+    await task
+    assert second.status == 200
+
+
+async def test_a_client_that_does_not_read_does_not_stop_the_work() -> None:
+    bench, stuck, other = Bench(max_bytes=10), Client(STREAM_BODY), Client(STREAM_BODY)
+    stuck.writable.clear()
+    tasks = [await bench.serve(stuck, headers=KEYED)]
+    job = await bench.job()
+    tasks.append(await bench.serve(other, headers=KEYED))
+    bench.start(job)
+    for seq in range(1, 20):
+        bench.say(job, seq, "x")
+        await _turns(5)
+    bench.finish(job, 20)
+    await tasks[1]
+    assert b"[DONE]" in other.body
+    assert bench.log.finished.status == "completed"
+    stuck.writable.set()
+    await tasks[0]
+    assert stuck.body == other.body
+
+
+async def test_a_drain_waits_for_a_request_whose_client_is_away_and_its_end_is_recorded() -> None:
+    bench, client = Bench(), Client(STREAM_BODY)
+    task = await bench.serve(client, headers=KEYED)
+    job = await bench.job()
+    bench.start(job)
+    client.leave()
+    await task
+    assert len(bench.tasks) == 1  # the server waits for it
+    bench.finish(job, 1, text="a")
+    await asyncio.gather(*bench.tasks)
+    assert bench.log.finished.status == "completed"
+
+
+async def test_when_the_drain_is_over_whoever_is_attached_is_told_so() -> None:
+    bench, client = Bench(), Client(STREAM_BODY)
+    task = await bench.serve(client, headers=KEYED)
+    job = await bench.job()
+    bench.start(job)
+    bench.say(job, 1, "a")
+    await eventually(lambda: b'"content":"a"' in client.body)
+    for running in (*bench.tasks, task):
+        running.cancel()
+    await task
+    assert _code(client) == "stopping"
+    assert client.is_over
+    assert (bench.log.finished.status, bench.log.finished.code) == ("failed", "stopping")
+
+
+async def test_requests_without_clients_count_against_the_bound() -> None:
+    bench, first, second = Bench(settings=IngressSettings(max_concurrent_requests=1)), Client(), Client()
+    task = await bench.serve(first, headers=KEYED)
+    job = await bench.job()
+    first.leave()
+    await task
+    await (await bench.serve(second))
+    assert (second.status, _code(second)) == (503, "overloaded")
+    bench.start(job)
+    bench.finish(job, 1, text="a")
+    await asyncio.gather(*bench.tasks)
