@@ -239,7 +239,8 @@ async def test_what_can_not_be_continued_is_refused(
         assert (status, code_of(raw)) == (400, "invalid_request")
     assert (await resume(session, gateway, stream.request_id, last))[2] == b""
     async with session.post(f"{gateway.chat_url}/{stream.request_id}", headers=bearer()) as answer:
-        assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+        assert answer.status == 405
+        assert "GET" in answer.headers["allow"]
     async with session.post(gateway.chat_url, json=body(), headers=bearer()) as answer:
         await answer.read()
         plain = answer.headers["x-request-id"]

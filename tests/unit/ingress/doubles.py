@@ -219,11 +219,8 @@ class Bench:
         self.switchboard = Switchboard(self.wall, ingress=INGRESS, max_bytes_per_relay=max_bytes)  # type: ignore[arg-type]
         self.fleet = Fleet(self.wall)  # type: ignore[arg-type]
         self.fleet.on_lost(self.switchboard.lose)
-<<<<<<< HEAD
         self.fleet.on_changed(self.switchboard.rouse_waiting)
-=======
         self.tasks: set[asyncio.Future[None]] = set()  # that the server's drain would wait for
->>>>>>> 3e1edf8 (Tell clients, operators and programs of retries and broken connections; bound and property tests)
         self._routes = routes
         control = Control()
         services = Services(
