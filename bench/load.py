@@ -21,7 +21,7 @@ import msgspec
 import uvloop
 
 from bench.provider import MODEL
-from bench.wire import number_bytes, request_bytes, status_of, stream_problem, whole_problem
+from bench.wire import number_bytes, request_bytes, status_of, stream_problem, usage_problem, whole_problem
 
 Shape = Literal["whole", "stream", "mixed"]
 
@@ -66,6 +66,7 @@ class Plan:
     warmup_s: float
     seconds: float
     requests: int
+    tokens: int | None = None  # a real engine's answers, told by their usage; *chunks* says nothing then
 
 
 @dataclass(slots=True)
@@ -148,7 +149,12 @@ class Connection(asyncio.Protocol):
         if self.streams:
             # quick look first: a stream's end is the last chunk of a chunked body
             if buffer.endswith(b"0\r\n\r\n"):
-                self.complete(stream_problem(buffer, self.body_at, self.plan.chunks))
+                plan = self.plan
+                self.complete(
+                    stream_problem(buffer, self.body_at, plan.chunks)
+                    if plan.tokens is None
+                    else usage_problem(buffer, self.body_at, plan.tokens)
+                )
             elif not buffer.startswith(b"HTTP/1.1 200"):
                 self.complete(status_of(buffer))
             return
@@ -310,6 +316,7 @@ def make_plan(
     requests: int = 0,
     chunks: int = 16,
     model: str = MODEL,
+    tokens: int | None = None,
 ) -> Plan:
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
@@ -318,12 +325,13 @@ def make_plan(
         host=host,
         port=port,
         whole=request_bytes(f"{host}:{port}", path, api_key=api_key, model=model, stream=False),
-        stream=request_bytes(f"{host}:{port}", path, api_key=api_key, model=model, stream=True),
+        stream=request_bytes(f"{host}:{port}", path, api_key=api_key, model=model, stream=True, tokens=tokens),
         shape=shape,
         chunks=chunks,
         warmup_s=warmup_s,
         seconds=seconds,
         requests=requests,
+        tokens=tokens,
     )
 
 
@@ -336,8 +344,18 @@ def make_plan(
 @click.option("--requests", default=0, show_default=True, help="Stop after so many instead.")
 @click.option("--chunks", default=16, show_default=True, help="Tokens an answer must have.")
 @click.option("--model", default=MODEL, show_default=True)
+@click.option("--tokens", type=int, help="Streams of a real engine: so many tokens each, told by their usage.")
 def main(
-    *, url: str, shape: Shape, connections: int, seconds: float, warmup: float, requests: int, chunks: int, model: str
+    *,
+    url: str,
+    shape: Shape,
+    connections: int,
+    seconds: float,
+    warmup: float,
+    requests: int,
+    chunks: int,
+    model: str,
+    tokens: int | None,
 ) -> None:
     plan = make_plan(
         url,
@@ -348,6 +366,7 @@ def main(
         requests=requests,
         chunks=chunks,
         model=model,
+        tokens=tokens,
     )
     window = uvloop.run(run_load(plan, connections=connections))
     print(msgspec.json.encode(window).decode())

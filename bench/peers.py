@@ -128,11 +128,13 @@ LITELLM_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def penstock(upstream: str, home: Path) -> Iterator[Peer]:
+def penstock(upstream: str, home: Path, *, provider: str = "openai", model: str = MODEL) -> Iterator[Peer]:
     """`penstock up` with one route to the provider; everything on, nothing tuned."""
     home.mkdir(parents=True, exist_ok=True)
     config, ready = home / "penstock.toml", home / "ready.json"
-    config.write_text(PENSTOCK_CONFIG.format(model=MODEL, upstream=upstream, slots=MAX_CONCURRENCY, **PRICE))
+    config.write_text(
+        PENSTOCK_CONFIG.format(provider=provider, model=model, upstream=upstream, slots=MAX_CONCURRENCY, **PRICE)
+    )
     ready.unlink(missing_ok=True)
     command = [sys.executable, "-m", "penstock", "up", "--home", str(home / "home"), "--port", "0"]
     command += ["--config", str(config), "--ready-file", str(ready)]
@@ -141,7 +143,7 @@ def penstock(upstream: str, home: Path) -> Iterator[Peer]:
         wait_until(lambda: read_ready(ready) is not None, process, home / "penstock.log")
         said = read_ready(ready)
         assert said is not None
-        wait_until(lambda: answers(f"{said.base_url}/models/{MODEL}", said.api_key), process, home / "penstock.log")
+        wait_until(lambda: answers(f"{said.base_url}/models/{model}", said.api_key), process, home / "penstock.log")
         yield Peer(
             name="penstock",
             base_url=said.base_url,
@@ -155,7 +157,7 @@ def penstock(upstream: str, home: Path) -> Iterator[Peer]:
 PENSTOCK_CONFIG = """\
 [[routes]]
 id = "bench"
-provider = "openai"
+provider = "{provider}"
 base_url = "{upstream}"
 api_keys = ["env:BENCH_UPSTREAM_KEY"]
 max_concurrency = {slots}

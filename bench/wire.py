@@ -6,12 +6,20 @@ TOKEN = b" " + WORD.encode()
 NUMBER_BYTES = 16  # the twelve digits that make every prompt another one, and the brackets after them
 
 
-def request_bytes(authority: str, path: str, *, api_key: str, model: str, stream: bool) -> bytes:
-    """A request up to the number at the end of its prompt, which `number_bytes` adds."""
+def request_bytes(
+    authority: str, path: str, *, api_key: str, model: str, stream: bool, tokens: int | None = None
+) -> bytes:
+    """A request up to the number at the end of its prompt, which `number_bytes` adds.
+
+    With *tokens* the answer has exactly so many, from an engine that knows ``ignore_eos``, and tells its usage.
+    """
     system = "You are a helpful assistant that answers in a few short sentences."
     flags = '"stream":true,' if stream else ""
+    if tokens is not None:
+        flags += '"ignore_eos":true,"temperature":0,'
+        flags += '"stream_options":{"include_usage":true},' if stream else ""
     body = (
-        f'{{"model":"{model}",{flags}"max_tokens":64,"messages":[{{"role":"system","content":"{system}"}},'
+        f'{{"model":"{model}",{flags}"max_tokens":{tokens or 64},"messages":[{{"role":"system","content":"{system}"}},'
         f'{{"role":"user","content":"Tell me of the water that comes down the pipe to turbine number '
     ).encode()
     head = (
@@ -55,6 +63,16 @@ def stream_problem(buffer: bytearray, body_at: int, chunks: int) -> str:
         return ""
     tokens, events = body.count(TOKEN), body.count(b"data: {")
     return f"a stream of {tokens} tokens in {events} events, {'with' if b'data: [DONE]' in body else 'without'} [DONE]"
+
+
+def usage_problem(buffer: bytearray, body_at: int, tokens: int) -> str:
+    """Empty when a stream of a real engine is right: [DONE], and usage that says *tokens*; else what is wrong with it."""
+    if not buffer.startswith(b"HTTP/1.1 200"):
+        return status_of(buffer)
+    body = without_chunks(buffer, body_at)
+    if b"data: [DONE]" in body and b'"completion_tokens":%d' % tokens in body and b'"error"' not in body:
+        return ""
+    return f"a stream without [DONE], or not of {tokens} tokens"
 
 
 def right_stream(body: bytes | bytearray, chunks: int) -> bool:

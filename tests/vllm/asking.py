@@ -46,6 +46,7 @@ def comparable(choice: Any) -> dict[str, Any]:
         assert call.pop("id")
     # Penstock tells reasoning under the name that most clients read too, beside the engine's own.
     assert message.pop("reasoning_content", message["reasoning"]) == message["reasoning"]
+    assert not choice.pop("token_ids", None)  # the engine says null for them, and Penstock nothing
     return {**choice}
 
 

@@ -7,22 +7,25 @@ import json
 import os
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engine import MODEL, SLOTS, Engine
+import psutil
+
+from tests.vllm.engine import ENVIRONMENT, HERE, MODEL, SERVE_OPTIONS, SLOTS, Engine, tiny_model_folder
 from tests.vllm.guarded import GuardedProcess, guarded
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 45.0  # longer than its drain
+SAID_BY_THE_WORKER = ("--served-model-name", "--max-num-seqs")
 SQL_TIMEOUT_S = 30.0
 
 CONFIG = """\
 [[routes]]
 id = "tiny"
-provider = "openai"
+provider = "vllm"
 base_url = "{base_url}/v1"
 max_concurrency = {slots}
 
@@ -41,6 +44,7 @@ class Deployment:
     ledger_url: str
     process: GuardedProcess
     worker_pid: int
+    home: Path
 
     def sql(self, statement: str, *params: Any) -> list[dict[str, Any]]:
         """The rows that the ledger gives for *statement*."""
@@ -54,6 +58,15 @@ class Deployment:
             result = json.load(response)
         names = [column["name"] for column in result["columns"]]
         return [dict(zip(names, row, strict=True)) for row in result["rows"]]
+
+    def routes(self) -> dict[str, dict[str, Any]]:
+        """What `penstock routes` shows, by route."""
+        request = urllib.request.Request(
+            f"{self.base_url.removesuffix('/v1')}/admin/v1/routes",
+            headers={"authorization": f"Bearer {self.admin_key}"},
+        )
+        with urllib.request.urlopen(request, timeout=SQL_TIMEOUT_S) as response:
+            return {row["route"]: row for row in json.load(response)["data"]}
 
     def request(self, request_id: str) -> dict[str, Any]:
         """The ledger's one row for *request_id*. Raises: LookupError until the request is over."""
@@ -93,7 +106,44 @@ def penstock_with(toml: str, folder: Path) -> Iterator[Deployment]:
             ledger_url=ready["ledger_url"],
             process=up,
             worker_pid=ready["pids"]["worker"],
+            home=Path(ready["home"]),
         )
+
+
+def own_engine(*flags: str, environ: Mapping[str, str] | None = None, **members: Any) -> str:
+    """The configuration of a worker that runs the tiny model itself. *members* are further ones of the route."""
+    options = own_flags()
+    command = [sys.executable, str(HERE / "vllm_cli.py")]
+    further = "".join(f"{name} = {json.dumps(value)}\n" for name, value in members.items())
+    variables = "".join(f"{name} = {json.dumps(value)}\n" for name, value in {**ENVIRONMENT, **(environ or {})}.items())
+    return f"""\
+[[routes]]
+id = "own"
+provider = "vllm"
+{further}\
+[[routes.models]]
+name = "{MODEL}"
+[routes.vllm]
+model = {json.dumps(str(tiny_model_folder()))}
+command = {json.dumps(command)}
+args = {json.dumps([*options, *flags])}
+[routes.vllm.environ]
+{variables}"""
+
+
+def own_flags() -> list[str]:
+    """The tests' flags for the engine, less those that a worker says."""
+    options = list(SERVE_OPTIONS)
+    for name in SAID_BY_THE_WORKER:
+        at = options.index(name)
+        del options[at : at + 2]
+    return options
+
+
+def engine_processes(deployment: Deployment) -> list[psutil.Process]:
+    """The engine's own: the guard stays to tell of its end."""
+    worker = psutil.Process(deployment.worker_pid)
+    return [p for p in worker.children(recursive=True) if "guard.py" not in " ".join(p.cmdline())]
 
 
 def plain_environment() -> dict[str, str]:

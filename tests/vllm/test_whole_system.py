@@ -1,0 +1,147 @@
+"""A worker's own vLLM through the whole system: it answers, its engine process is killed in a stream, and it is back by itself.
+
+With an engine process of its own, as on a GPU: what dies is not the front end, which still answers for some seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from openai import OpenAI
+
+from tests.vllm.asking import AS_SCHEMA, LONG, WITH_USAGE, ask, check_form, endless, joined, usage
+from tests.vllm.conftest import require_vllm
+from tests.vllm.deployment import Deployment, engine_processes, own_engine, penstock_with
+from tests.vllm.engine import MODEL
+from tests.vllm.tiny_model import AS_JSON, HELLO, PARIS
+from tests.waiting import eventually
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+START_TIMEOUT_S = 180.0
+CACHE_TOKENS = 131_072  # of 64 MiB with this model
+FRONT_END_ENDS_S = 3.0  # it takes four and more; so who heard by then didn't hear it from its end
+FLAGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    require_vllm()
+    with penstock_with(own_engine(environ=FLAGS), tmp_path_factory.mktemp("whole")) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def sdk(own: Deployment) -> Iterator[OpenAI]:
+    with OpenAI(base_url=own.base_url, api_key=own.api_key, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+async def serving(sdk: OpenAI) -> None:
+    await eventually(lambda: served(sdk), timeout_s=START_TIMEOUT_S, every_s=0.2, what="the engine serves")
+
+
+def served(client: OpenAI) -> bool:
+    return any(model.id == MODEL for model in client.models.list())
+
+
+def test_text_tools_schema_and_logprobs(sdk: OpenAI) -> None:
+    chunks = list(sdk.chat.completions.create(**ask(HELLO), **WITH_USAGE))
+    check_form(chunks, with_usage=True)
+    assert joined(chunks)[0]["content"] == HELLO.answer
+    call = sdk.chat.completions.create(**ask(PARIS, tool_choice="required")).choices[0].message.tool_calls
+    assert call is not None
+    assert json.loads(call[0].function.arguments) == {"city": "Paris"}
+    said = sdk.chat.completions.create(**ask(AS_JSON, response_format=AS_SCHEMA)).choices[0].message.content
+    assert json.loads(said or "") == {"city": "Paris", "celsius": 21}
+    answer = sdk.chat.completions.create(**ask(HELLO, logprobs=True, top_logprobs=2))
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.content or ()) == usage(answer)[1]
+
+
+async def test_slots_and_numbers_are_the_engines(sdk: OpenAI, own: Deployment) -> None:
+    """Nobody configured a number of slots. A prompt that was asked before comes from the engine's cache, and usage says so."""
+    assert own.routes()["own"]["slots"] == CACHE_TOKENS // 2048
+    asked = ask(HELLO, max_tokens=1)
+    asked["messages"] = [{"role": "user", "content": "the same again " * 60}]
+    first, second = [sdk.chat.completions.create(**asked).usage for _ in range(2)]
+    assert first is not None
+    assert second is not None
+    assert second.prompt_tokens_details is not None
+    cached = second.prompt_tokens_details.cached_tokens or 0
+    assert 0 < cached < second.prompt_tokens
+    rows = own.sql("SELECT max(cached_tokens) AS cached FROM requests")
+    assert await eventually(lambda: rows[0]["cached"] == cached, what="the ledger's count")
+    told = await eventually(lambda: own.routes()["own"]["engine"], timeout_s=15, what="its numbers")
+    assert told.keys() == {"running", "waiting", "cache_used", "prefix_asked", "prefix_found"}
+    with sdk.chat.completions.create(**endless(HELLO, tokens=LONG), stream=True) as stream:
+        next(stream)
+        told = await eventually(lambda: running(own), timeout_s=15, what="what runs is told")
+        assert told["prefix_found"] >= cached
+
+
+def running(own: Deployment) -> dict[str, Any] | None:
+    told: dict[str, Any] | None = own.routes()["own"]["engine"]
+    return told if told is not None and told["running"] == 1 else None
+
+
+async def test_an_engine_that_is_killed_is_an_honest_error_at_once_and_is_back_by_itself(
+    sdk: OpenAI, own: Deployment
+) -> None:
+    with sdk.chat.completions.create(**endless(HELLO, tokens=LONG), **WITH_USAGE) as stream:
+        request_id = stream.response.headers["x-request-id"]
+        read = [next(stream) for _ in range(10)]
+        (core,) = [process for process in engine_processes(own) if is_core(process)]
+        core.kill()
+        killed_at = time.monotonic()
+        with pytest.raises(openai.APIError) as error:
+            read.extend(stream)  # as far as it goes
+    told_s = time.monotonic() - killed_at
+    assert told_s < FRONT_END_ENDS_S
+    assert not any(choice.finish_reason for chunk in read for choice in chunk.choices), "it is no end"
+    assert error.value.message
+    await eventually(lambda: not served(sdk), timeout_s=FRONT_END_ENDS_S, what="the route is down")
+    down_s = time.monotonic() - killed_at
+    assert down_s < FRONT_END_ENDS_S
+    with pytest.raises(openai.InternalServerError) as refused:
+        sdk.chat.completions.create(**ask(HELLO))
+    assert refused.value.status_code == 503
+    assert "the engine" in refused.value.message
+    row = await eventually(lambda: own.request(request_id), what="the ledger's row")
+    assert row["status"] == "failed"
+    assert row["completion_tokens"] >= len([chunk for chunk in read if chunk.choices]) - 1
+    await eventually(lambda: served(sdk), timeout_s=START_TIMEOUT_S, every_s=0.2, what="it is back")
+    sys.stdout.write(f"error after {told_s:.3f} s, down after {down_s:.3f} s\n")
+    assert sdk.chat.completions.create(**ask(HELLO)).choices[0].message.content == HELLO.answer
+
+
+def is_core(process: psutil.Process) -> bool:
+    return "EngineCore" in " ".join(process.cmdline())
+
+
+async def test_an_engine_that_ends_whole_is_back_by_itself(sdk: OpenAI, own: Deployment) -> None:
+    """Front end and all, as when the system's memory is over."""
+    stream = sdk.chat.completions.create(**endless(HELLO, tokens=LONG), stream=True)
+    next(stream)
+    for process in engine_processes(own):
+        process.kill()
+    with pytest.raises(openai.APIError):
+        for _ in stream:
+            pass
+    await eventually(lambda: not served(sdk), timeout_s=10.0, what="the route is down")
+    await eventually(lambda: served(sdk), timeout_s=START_TIMEOUT_S, every_s=0.2, what="it is back")
+    assert sdk.chat.completions.create(**ask(HELLO)).choices[0].message.content == HELLO.answer
+
+
+def test_the_engines_log_is_in_the_home(own: Deployment) -> None:
+    folder = own.home / "run" / "worker"
+    assert {path.name for path in folder.iterdir()} >= {"own.log", "own.sock"}
+    assert folder.stat().st_mode & 0o777 == 0o700
