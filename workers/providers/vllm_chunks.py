@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -13,6 +14,8 @@ from workers.providers.base import Chunk
 from workers.providers.openai_chunks import ChunkReader
 
 _IDS = b'token_ids"'  # of the choices, and of the prompt
+_LAST_IDS = re.compile(rb',"token_ids":(\[[\d,]*\])\}\]$')  # of the last choice: a text can't have bare quotes
+_FINISH = b'"finish_reason":'  # once in each choice
 _NULL = Raw(b"null")
 
 _choices = msgspec.json.Decoder(list[dict[str, Raw]]).decode
@@ -44,23 +47,23 @@ class VllmChunkReader(ChunkReader):
         if _IDS in data and "choices" in members:
             try:
                 prompt_ids = _ids(members.pop("prompt_token_ids", _NULL)) or ()
-                choices = _choices(members["choices"])
-                ids_by_choice = [_ids(choice.pop("token_ids", _NULL)) for choice in choices]
+                members["choices"], ids_by_choice = _without_ids(bytes(members["choices"]))
             except msgspec.MsgspecError as error:
                 raise ProviderNonsense("The engine sent token ids that are none.") from error
-            members["choices"] = Raw(_encode(choices))
         chunk = super()._chunk(members, data, streamed=streamed)
         if chunk is None:
             return None
         counted = [ids for ids in ids_by_choice if ids is not None]
+        changes: dict[str, Any] = {}
         if counted and len(counted) == len(ids_by_choice):
-            chunk = replace(chunk, tokens=sum(len(ids) for ids in counted))  # not estimated
-        if not self._is_one_choice():
-            return chunk
-        if prompt_ids and not self._prompt_told:
-            self._prompt_told = True
-            chunk = replace(chunk, prompt_token_ids=prompt_ids)
-        return replace(chunk, token_ids=counted[0]) if len(counted) == 1 and counted[0] else chunk
+            changes["tokens"] = sum(len(ids) for ids in counted)  # not estimated
+        if self._is_one_choice():
+            if prompt_ids and not self._prompt_told:
+                self._prompt_told = True
+                changes["prompt_token_ids"] = prompt_ids
+            if len(counted) == 1:
+                changes["token_ids"] = counted[0]
+        return replace(chunk, **changes) if changes else chunk
 
     def _is_one_choice(self) -> bool:
         """In a stream, each choice of several comes in chunks of its own: only the request tells."""
@@ -70,3 +73,16 @@ class VllmChunkReader(ChunkReader):
             except msgspec.MsgspecError:
                 self._one_choice = True
         return self._one_choice
+
+
+def _without_ids(choices: bytes) -> tuple[Raw, list[tuple[int, ...] | None]]:
+    """The choices without their token ids, and these. Raises: MsgspecError.
+
+    Hardly any chunk has more than one choice, and vLLM says its ids last: then they are cut off, and the rest is not touched.
+    """
+    last = _LAST_IDS.search(choices)
+    if last is not None and choices.count(_FINISH) == 1 and _IDS not in (rest := choices[: last.start()]):
+        return Raw(rest + b"}]"), [_ids(last[1])]
+    each = _choices(choices)
+    ids = [_ids(choice.pop("token_ids", _NULL)) for choice in each]
+    return Raw(_encode(each)), ids

@@ -138,3 +138,22 @@ def test_text_that_talks_of_token_ids_is_left_alone() -> None:
     (chunk,) = read(event(choice({"content": text})))
     assert json.loads(chunk.members or b"")["choices"][0]["delta"]["content"] == text
     assert chunk.token_ids == ()
+
+
+def test_of_several_choices_in_a_chunk_each_is_looked_at() -> None:
+    """Compact, as vLLM writes: cutting off the last choice's ids would not be enough."""
+    one, other = choice({"content": "a"}, token_ids=[1]), choice({"content": "bcd" * 20}, index=1, token_ids=[2, 3])
+    for each, tokens in ((one, 3), (choice({"content": "a"}), None)):
+        raw = json.dumps({"choices": [each, other]}, separators=(",", ":")).encode()
+        (chunk,) = read(raw, request=b'{"n":2}')
+        assert b"token_ids" not in (chunk.members or b"")
+        assert tokens is None or chunk.tokens == tokens
+        assert tokens is not None or chunk.tokens > 2
+
+
+def test_a_text_that_speaks_of_ids_is_left_alone() -> None:
+    said = {"content": 'x,"token_ids":[1]}]'}
+    raw = json.dumps({"choices": [choice(said, token_ids=[5])]}, separators=(",", ":")).encode()
+    (chunk,) = read(raw)
+    assert json.loads(chunk.members or b"") == {"choices": [choice(said)]}
+    assert chunk.token_ids == (5,)
