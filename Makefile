@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := schemas bus ingress workers ledger penstock.py
 
-.PHONY: help up test test-vllm conformance faults lint types format bench soak lock clean
+.PHONY: help up test test-vllm test-gpu conformance faults lint types format bench bench-vllm soak lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,11 @@ conformance: $(VENV)/.dev  ## openai-python's own tests, chat and models, agains
 test-vllm: ## The tests against a real vLLM on the CPU, in an environment of their own
 	@tools/vllm-env
 	@REQUIRE_VLLM=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
+test-gpu: ## The same on a machine with a GPU, and what Penstock costs there; adds to bench/RESULTS.md
+	@PYTHON=$(PYTHON) tools/gpu-env
+	@VLLM_TESTS_ON=gpu REQUIRE_VLLM=1 .venv-gpu/bin/python -m pytest -m gpu tests/vllm $(ARGS)
+	@.venv-gpu/bin/python -m bench.vllm --gpu
 
 faults: $(VENV)/.dev  ## Kill, stop, cut and fill up everything under load, and judge from outside (ARGS="--faults 10000 --seed 1")
 	@$(BIN)/python -m tests.faults.run $(ARGS)
@@ -44,6 +49,10 @@ bench: $(VENV)/.dev  ## Compare with LiteLLM and with the provider called direct
 	@PYTHON=$(PYTHON) tools/bench-env
 	@$(BIN)/python -m bench.run $(ARGS)
 
+bench-vllm: ## What Penstock costs before a real vLLM, on the CPU; adds to bench/RESULTS.md
+	@tools/vllm-env
+	@.venv-vllm/bin/python -m bench.vllm $(ARGS)
+
 soak: $(VENV)/.dev  ## 100,000 requests, and what they do to the memory; adds to bench/RESULTS.md
 	@$(BIN)/python -m bench.soak $(ARGS)
 
@@ -52,7 +61,7 @@ lock: $(VENV)/.dev  ## Resolve the dependencies anew into requirements/*.lock
 	@tools/vllm-env lock
 
 clean:  ## Remove what was built here
-	rm -rf $(VENV) .venv-vllm .venv-bench .cache build *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gpu .venv-bench .cache build *.egg-info
 
 $(VENV)/bin/python:
 	@echo "Making the virtual environment ..."

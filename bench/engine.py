@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from bench.peers import Peer, StartError, answers, free_port
-from tests.vllm.engine import ENVIRONMENT, HERE, tiny_model_folder
+from tests.vllm.engine import ENVIRONMENT, HERE, ON_CPU_ONLY, tiny_model_folder
 from tests.vllm.guarded import guarded
 
 MODEL = "bench-vllm"
@@ -40,7 +40,6 @@ COMMON = (
 )
 ON_CPU = (*("--dtype", "float32"), *("--kv-cache-memory-bytes", "256M"), "--enforce-eager")
 ON_GPU = ("--load-format", "dummy")
-FROM_TESTS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
 
 
 @contextlib.contextmanager
@@ -65,10 +64,8 @@ def engine(home: Path, *, gpu: bool) -> Iterator[Peer]:
 
 def environment(*, gpu: bool) -> dict[str, str]:
     """On a CPU with one thread: a second gains so small a model nothing, and waits on cores that others need."""
-    kept = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    if gpu:
-        kept = {name: value for name, value in kept.items() if name not in FROM_TESTS}
-    return {**os.environ, **kept}
+    left_out = set(ON_CPU_ONLY) if gpu else {"VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return {**os.environ, **{name: value for name, value in ENVIRONMENT.items() if name not in left_out}}
 
 
 def large_model(home: Path) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.vllm.deployment import Deployment, penstock_up
-from tests.vllm.engine import Engine, serve_tiny_model
+from tests.vllm.engine import ON_GPU, Engine, serve_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +49,20 @@ async def async_client(deployment: Deployment) -> AsyncIterator[AsyncOpenAI]:
 
 
 def require_vllm() -> None:
-    """Without vLLM the tests are skipped, and fail where they are what was asked for."""
+    """Without vLLM the tests are skipped, and fail where they are what was asked for; so does a GPU that isn't there."""
     if importlib.util.find_spec("vllm") is not None:
+        if ON_GPU and not has_gpu():
+            pytest.fail("VLLM_TESTS_ON is gpu and torch sees none", pytrace=False)
         return
     if os.environ.get("REQUIRE_VLLM") == "1":
         pytest.fail("REQUIRE_VLLM is set and vLLM is not installed", pytrace=False)
     pytest.skip("vLLM is not installed; `make test-vllm` makes its environment and runs these tests")
+
+
+def has_gpu() -> bool:
+    """Asked in a process of its own: torch takes seconds to import, and the GPU's memory with it."""
+    asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
 
 
 @pytest.hookimpl(wrapper=True)

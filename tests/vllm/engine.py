@@ -1,4 +1,4 @@
-"""A real `vllm serve` on the CPU of this machine, with the tiny model, on a port of 127.0.0.1."""
+"""A real `vllm serve` with the tiny model, on a port of 127.0.0.1: on the CPU, or with ``VLLM_TESTS_ON=gpu`` on the GPU."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.vllm.guarded import ROOT, GuardedProcess, guarded
 
 MODEL = "tiny"
+CACHE_BYTES = "64M"
 CONTEXT_TOKENS = 8192
 SLOTS = 16
 START_TIMEOUT_S = 180.0  # 10 s when everything is in the page cache, a minute when nothing is
@@ -26,24 +27,30 @@ GENERATED = "vllm:generation_tokens_total"
 
 HERE = Path(__file__).parent
 CACHE = ROOT / ".cache"
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
+ON_GPU = os.environ.get("VLLM_TESTS_ON") == "gpu"
+ON_CPU_ONLY = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process fewer: half the start
-    "VLLM_LOGGING_LEVEL": "WARNING",
     # One thread that nothing pins. So small a model gains nothing from a second, and threads that wait for each other on
     # cores that Penstock and the tests need too stand still for seconds.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
-    "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
 }
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
+    **({} if ON_GPU else ON_CPU_ONLY),
+}
+# bfloat16 dies by SIGILL where the CPU claims an AMX that its hypervisor lacks; the kernels of a GPU have no float32.
+DTYPE = "bfloat16" if ON_GPU else "float32"
 SERVE_OPTIONS = (
     *("--served-model-name", MODEL),
     *("--max-model-len", str(CONTEXT_TOKENS)),
     *("--max-num-seqs", str(SLOTS)),
-    *("--dtype", "float32"),  # bfloat16 dies by SIGILL where the CPU claims an AMX that its hypervisor lacks
-    *("--kv-cache-memory-bytes", "64M"),  # its default is nearly all memory of the machine
+    *("--dtype", DTYPE),
+    *("--kv-cache-memory-bytes", CACHE_BYTES),  # its default is nearly all memory of the machine
     "--enforce-eager",  # compiling costs 20 s and gains nothing here
     "--disable-uvicorn-access-log",
     "--enable-auto-tool-choice",

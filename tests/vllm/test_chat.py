@@ -15,7 +15,7 @@ from tests.vllm.engine import MODEL, RUNNING, SLOTS, Engine
 from tests.vllm.tiny_model import AS_JSON, CONVERSATIONS, COUNT, HELLO, PARIS, ROME_AND_OSLO, THINK, Conversation
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 VARIED = {"temperature": 2.0, "seed": 7, "max_tokens": 24}

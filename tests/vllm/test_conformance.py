@@ -36,7 +36,7 @@ from tests.vllm.tiny_model import AS_JSON, COUNT, HELLO, PARIS, THINK, Conversat
 from tests.waiting import eventually
 from workers.providers.vllm import Vllm
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
 ABORTS = 20
 ABORT_MAX_S = 0.05  # in the median; one in twenty may meet a busy machine

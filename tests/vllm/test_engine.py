@@ -15,7 +15,11 @@ from tests.vllm.guarded import GUARD
 from tests.vllm.tiny_model import AS_JSON, COUNT, HELLO, Conversation
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]  # the first test pays for the start of the engine
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.gpu,
+    pytest.mark.timeout(300),
+]  # the first test pays for the start of the engine
 
 
 @pytest.mark.parametrize("conversation", [HELLO, COUNT, AS_JSON], ids=lambda c: c.question)

@@ -15,7 +15,7 @@ from tests.vllm.engine import GENERATED, RUNNING, Engine
 from tests.vllm.tiny_model import COUNT, HELLO, PARIS
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
 async def test_ledger_has_the_engines_usage_of_an_answer(client: OpenAI, deployment: Deployment) -> None:

@@ -17,7 +17,7 @@ from tests.vllm.engine import MODEL
 from tests.vllm.tiny_model import COUNT, HELLO
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
 START_TIMEOUT_S = 180.0
 

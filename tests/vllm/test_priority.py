@@ -19,7 +19,7 @@ from tests.vllm.tiny_model import COUNT
 from tests.waiting import eventually
 from workers.providers.vllm import Vllm
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
 FIRST, LATER = 2000, 200  # tokens
 

@@ -11,7 +11,7 @@ from openai import OpenAI
 from tests.vllm.asking import ask
 from tests.vllm.tiny_model import HELLO
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "max_tokens": ({"max_tokens": 10**6}, "max_tokens=1000000 cannot be greater than max_model_len"),

@@ -19,14 +19,14 @@ from openai import OpenAI
 from tests.vllm.asking import AS_SCHEMA, LONG, WITH_USAGE, ask, check_form, endless, joined, usage
 from tests.vllm.conftest import require_vllm
 from tests.vllm.deployment import Deployment, engine_processes, own_engine, penstock_with
-from tests.vllm.engine import MODEL
+from tests.vllm.engine import MODEL, ON_GPU
 from tests.vllm.tiny_model import AS_JSON, HELLO, PARIS
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
 START_TIMEOUT_S = 180.0
-CACHE_TOKENS = 131_072  # of 64 MiB with this model
+CACHE_TOKENS = 262_144 if ON_GPU else 131_072  # of 64 MiB with this model, at two or at four bytes a number
 FRONT_END_ENDS_S = 3.0  # it takes four and more; so who heard by then didn't hear it from its end
 FLAGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
