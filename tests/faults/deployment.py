@@ -83,7 +83,7 @@ class Plan:
 
     ingresses: int = 2
     workers: int = 2
-    slots: int = 6  # of each route of each worker
+    slots: int = 3  # of each route of each worker: fewer than there are clients, so that jobs wait
     servers: int = 1
     engines: bool = True
     roots: dict[str, Path] = field(default_factory=dict)
