@@ -72,8 +72,19 @@ class _Client(Client):
 
     It closes for good when its server says ``-ERR``, whatever it says, and is deaf from then on when its reader breaks, as it
     does over the answer to a flush that nobody waits for any more; this one reconnects, and expects that answer. It
-    writes a PING ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind.
+    writes a PING ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind. It
+    gives reconnecting up for good over an error that it doesn't expect: this one goes on.
     """
+
+    async def _attempt_reconnect(self) -> None:
+        """For one, uvloop's transport raises a RuntimeError where it was closed between the server's greeting and ours."""
+        while not self.is_closed:
+            try:
+                return await super()._attempt_reconnect()
+            except Exception as error:  # noqa: BLE001 - whatever it is, a client that has stopped trying is deaf for ever
+                await self._error_cb(error)
+                await asyncio.sleep(RECONNECT_WAIT_S)
+        return None
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
         if not self.is_connected:

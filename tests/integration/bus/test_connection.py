@@ -18,7 +18,7 @@ from bus.server import EmbeddedServer
 from bus.streams import ensure_streams
 from schemas.errors import SetupError
 from schemas.settings import NatsSettings
-from tests.restarts import frozen, kill, restart
+from tests.restarts import cut, frozen, kill, restart
 from tests.waiting import eventually
 
 SECRET = "hunter2-and-more"
@@ -311,3 +311,23 @@ def _unused_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+async def test_reconnecting_goes_on_after_an_error_that_nobody_expects(connection: Connection) -> None:
+    """uvloop's transport raises a RuntimeError when it was closed between the server's greeting and ours, a race of microseconds.
+
+    The client then stopped trying: a process that was up and deaf for ever.
+    """
+    greet, tries = connection.nc._process_connect_init, 0
+
+    async def closed_meanwhile() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise RuntimeError("the handler is closed")
+        await greet()
+
+    connection.nc._process_connect_init = closed_meanwhile  # type: ignore[method-assign]
+    await cut(connection)
+    assert tries == 2
+    await connection.api("INFO")
