@@ -54,6 +54,7 @@ class Admin:
             hint=hint_of(key),
             created_ns=now_ns,
             expires_ns=None if wanted.expires_in_s is None else now_ns + wanted.expires_in_s * SECOND_NS,
+            timeouts=wanted.timeouts.stated(),
         )
         await self._control.say(stated)
         return _json({**shown(stated), "key": key}, status=201)
@@ -156,6 +157,7 @@ def shown(key: KeyStated) -> dict[str, Any]:
         "created": key.created_ns // SECOND_NS,
         "expires": None if key.expires_ns is None else key.expires_ns // SECOND_NS,
         "revoked": key.revoked,
+        "timeouts": key.timeouts,
     }
 
 

@@ -109,11 +109,12 @@ async def _state_key(control: ControlFeed, key: str, role: Role, producer: str) 
 async def _state_route(control: ControlFeed, route: RouteSettings, rank: int, producer: str) -> None:
     models = tuple(PublicModel(name=model.name, price=model.charged) for model in route.models)
     before = control.state.routes.get(RouteId(route.id))
-    if before is not None and (before.provider, before.models, before.rank, before.removed) == (
+    if before is not None and (before.provider, before.models, before.rank, before.removed, before.timeouts) == (
         route.provider,
         models,
         rank,
         False,
+        route.timeouts,
     ):
         return
     await control.say(
@@ -126,6 +127,7 @@ async def _state_route(control: ControlFeed, route: RouteSettings, rank: int, pr
             provider=route.provider,
             models=models,
             rank=rank,
+            timeouts=route.timeouts,
             created_ns=time.time_ns() if before is None else before.created_ns,
         )
     )

@@ -18,6 +18,7 @@ from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, end_bod
 from ingress.auth import authenticate
 from ingress.books import RECORD_FAILURE_WAIT_S, Arrival, Books
 from ingress.exchange import Exchange, Services
+from ingress.policy.waits import Waits, asked
 from ingress.problems import CLIENT_LEFT_STATUS, Problem, problem_of
 from ingress.reader import Client
 from ingress.replay import NO_WISH, Replays, Wish, wish_of
@@ -107,6 +108,12 @@ class ChatCompletions:
             raise Overloaded
         principal = authenticate(scope["headers"], self._control.state, now_ns=visit.arrival.ns)
         visit.principal = principal
+        waits = Waits(
+            default=self._services.timeouts,
+            most=self._settings.timeouts_max,
+            key=principal.timeouts,
+            own=asked(scope["headers"]),
+        )
         body = await self._read_body(scope, receive)
         visit.body = body
         visit.request = request = decode_request(body)
@@ -124,7 +131,7 @@ class ChatCompletions:
             plan=self._services.router.plan(request),
             prompt_hash=prompt_hash(principal.org, request.messages_raw),
         )
-        return Exchange(self._services, books, body=body)
+        return Exchange(self._services, books, body=body, waits=waits)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises: BodyTooLarge, RequestTimeout, ClientLeftError."""

@@ -80,10 +80,22 @@ def keys(context: click.Context, home: str | None) -> None:
 @click.option("--role", type=click.Choice(["client", "analyst", "admin"]), default="client", show_default=True)
 @click.option("--org", default="default", show_default=True)
 @click.option("--expires-in-s", type=int, help="Seconds until it stops working; never by default.")
+@click.option(
+    "--timeout-queue-s", "queue_s", type=float, help="Its requests' time-out from acceptance until a worker begins."
+)
+@click.option("--timeout-first-token-s", "first_token_s", type=float, help="From there until the first token.")
+@click.option("--timeout-idle-s", "idle_s", type=float, help="Between tokens.")
+@click.option("--timeout-total-s", "total_s", type=float, help="From acceptance until the last byte.")
 @click.pass_obj
-def create_key(home: str | None, name: str, role: str, org: str, expires_in_s: int | None) -> None:
-    """Create a key. It is shown this once and never again."""
-    body = {"name": name, "role": role, "org": org, "expires_in_s": expires_in_s}
+def create_key(
+    home: str | None, /, name: str, role: str, org: str, expires_in_s: int | None, **timeouts: float | None
+) -> None:
+    """Create a key. It is shown this once and never again.
+
+    The time-outs hold for its requests, which may ask for shorter ones.
+    """
+    stated = {name: seconds for name, seconds in timeouts.items() if seconds is not None}
+    body = {"name": name, "role": role, "org": org, "expires_in_s": expires_in_s, "timeouts": stated}
     made = call(home, "POST", "/admin/v1/keys", body)
     click.echo(f"{made['id']}  role {made['role']}  org {made['org']}", err=True)
     click.echo(made["key"])

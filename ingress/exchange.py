@@ -19,6 +19,7 @@ from ingress.attempt import Attempt
 from ingress.books import Books, Broke, Done, Ending, Left
 from ingress.policy.routing import Leg
 from ingress.policy.trail import Trail
+from ingress.policy.waits import Waits
 from ingress.problems import fault_of, problem_of
 from ingress.relay import Switchboard, heard
 from ingress.router import Router
@@ -55,10 +56,11 @@ class Services:
 class Exchange:
     """Serves one accepted request and closes its books."""
 
-    def __init__(self, services: Services, books: Books, *, body: bytes) -> None:
+    def __init__(self, services: Services, books: Books, *, body: bytes, waits: Waits) -> None:
         self.books = books
         self._s = services
         self._body = body
+        self._waits = waits
         self._trail = Trail(books.plan, workers=services.router.servers, is_up=services.router.is_up)
         self._running: list[Attempt] = []  # one; two while they race
         self._gone: str | None = None  # why the client is there no more
@@ -71,7 +73,7 @@ class Exchange:
         self._answer = answer
         listener = asyncio.create_task(self._listen(receive))
         try:
-            async with asyncio.timeout(self._s.timeouts.total_s) as self._limit:
+            async with asyncio.timeout(self._waits.total_s) as self._limit:
                 ending = await self._serve()
         except TimeoutError:
             ending = self._given_up()
@@ -283,7 +285,7 @@ class Exchange:
             route=leg.route,
             stream=books.request.stream,
             accepted_ns=books.arrival.ns,
-            timeouts=self._s.timeouts,
+            timeouts=self._waits.at(self._s.router.timeouts(leg)),
             body=Raw(self._body),
             announced=True,
             not_workers=self._trail.not_workers(leg),

@@ -9,9 +9,11 @@ from collections.abc import Set as AbstractSet
 from bus.control import ControlFeed
 from ingress.fleet import Fleet
 from ingress.policy.routing import Leg, Plan, plan
+from ingress.policy.waits import NOT_SAID
 from ingress.trip import Seen, Trip
 from schemas.chat import ChatRequest
 from schemas.ids import WorkerId
+from schemas.jobs import TimeLimits
 from schemas.settings import RoutingSettings
 
 
@@ -52,6 +54,11 @@ class Router:
     def servers(self, leg: Leg) -> AbstractSet[WorkerId]:
         """The workers that serve *leg* now."""
         return self._fleet.servers(leg.route, leg.model)
+
+    def timeouts(self, leg: Leg) -> TimeLimits:
+        """What the operator states for *leg*'s route."""
+        stated = self._control.state.routes.get(leg.route)
+        return NOT_SAID if stated is None else stated.timeouts
 
     def p95_ttft_us(self, leg: Leg, *, stream: bool) -> int | None:
         """How long 95 of 100 first chunks take to come from *leg* at most; None while too few have come.

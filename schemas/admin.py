@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from schemas.control import Role
 from schemas.ids import KeyId, OrgId, RouteId, WorkerId
-from schemas.jobs import EngineStats
+from schemas.jobs import EngineStats, TimeLimits
 
 DEFAULT_ORG = OrgId("default")
 NAME_MAX_CHARS = 200
 GRACE_DEFAULT_S = 24 * 3600
 GRACE_MAX_S = 30 * 24 * 3600
+
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+
+class KeyTimeouts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The time-outs of a key's requests, in seconds, and at most what they may ask for; null: nothing is said."""
+
+    queue_s: Seconds | None = None
+    first_token_s: Seconds | None = None
+    idle_s: Seconds | None = None
+    total_s: Seconds | None = None
+
+    def stated(self) -> TimeLimits:
+        return TimeLimits(**msgspec.structs.asdict(self))
 
 
 class CreateKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +39,7 @@ class CreateKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: Role = Role.CLIENT
     org: OrgId = DEFAULT_ORG
     expires_in_s: Annotated[int, Meta(ge=1)] | None = None  # never, if not given
+    timeouts: KeyTimeouts = KeyTimeouts()
 
 
 class RotateKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +60,7 @@ class Key(Struct, frozen=True, kw_only=True):
     created: int
     expires: int | None
     revoked: bool
+    timeouts: TimeLimits
 
 
 class NewKey(Key, frozen=True, kw_only=True):

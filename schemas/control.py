@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from schemas.ids import EventId, KeyId, OrgId, RouteId
+from schemas.jobs import TimeLimits
 from schemas.money import Price
 
 
@@ -52,6 +53,7 @@ class KeyStated(ControlEvent, frozen=True, kw_only=True, tag="control.key.stated
     revoked: bool = False
     previous_hash: str | None = None  # valid until previous_until_ns after a rotation
     previous_until_ns: int | None = None
+    timeouts: TimeLimits = TimeLimits()
 
 
 class PublicModel(Struct, frozen=True, kw_only=True):
@@ -68,6 +70,7 @@ class RouteStated(ControlEvent, frozen=True, kw_only=True, tag="control.route.st
     rank: int = 0  # routes of a lower rank are tried first
     created_ns: int = 0
     removed: bool = False
+    timeouts: TimeLimits = TimeLimits()
 
 
 AnyControlEvent = OrgStated | KeyStated | RouteStated

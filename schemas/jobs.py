@@ -28,6 +28,15 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     total_s: float = 3600.0  # accepted -> last byte
 
 
+class TimeLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a key, a route or a request says of the four time-outs, in seconds; None: nothing."""
+
+    queue_s: float | None = None
+    first_token_s: float | None = None
+    idle_s: float | None = None
+    total_s: float | None = None
+
+
 class Continuation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What earlier attempts at a request have delivered to its client, of its only choice: this one goes on right behind it.
 

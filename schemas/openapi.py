@@ -41,6 +41,7 @@ _ANSWER_HEADERS = {
     "x-request-id": "The request's id; `penstock explain` tells its whole life",
     "x-penstock-route": "The route that served it",
     "x-penstock-attempts": "How many attempts it took",
+    "x-penstock-tried": "The attempts that came to nothing, and why",
     "x-penstock-cache": "Whether a cache answered",
     "x-penstock-overhead-ms": "What Penstock itself added, in milliseconds",
     "x-penstock-replayed": "`true` where this was told before and costs nothing",
@@ -49,6 +50,13 @@ _RETRY_HEADERS = {
     "Idempotency-Key": "A retry with the same key and body joins the request or is told its answer again, and is billed once",
     "x-penstock-resume": "For how many seconds the request goes on when its connection breaks",
     "Last-Event-ID": "With an `Idempotency-Key`: the last event of the stream that the client has",
+}
+
+_TIMEOUT_HEADERS = {
+    "x-penstock-timeout-queue": "Seconds from acceptance until a worker begins",
+    "x-penstock-timeout-first-token": "Seconds from there until the first token",
+    "x-penstock-timeout-idle": "Seconds between tokens",
+    "x-penstock-timeout-total": "Seconds from acceptance until the last byte",
 }
 
 
@@ -82,6 +90,7 @@ def document(*, version: str = "dev") -> Json:
 def _paths() -> dict[str, Json]:
     return {
         "/v1/chat/completions": {
+            "parameters": [_seconds(name, text) for name, text in _TIMEOUT_HEADERS.items()],
             "post": _operation(
                 "createChatCompletion",
                 "chat",
@@ -218,6 +227,11 @@ def _ref(struct: type[msgspec.Struct]) -> Json:
 
 def _header(text: str) -> Json:
     return {"description": text, "schema": {"type": "string"}}
+
+
+def _seconds(name: str, text: str) -> Json:
+    schema = {"type": "number", "exclusiveMinimum": 0}
+    return {"name": name, "in": "header", "description": text, "schema": schema}
 
 
 def _path(name: str, text: str) -> Json:

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from schemas.errors import SetupError
 from schemas.ids import RouteId
-from schemas.jobs import Timeouts
+from schemas.jobs import TimeLimits, Timeouts
 from schemas.money import FREE, UNKNOWN, Price, micro_per_million
 from schemas.providers import KnownProvider, known_at, known_price, known_providers, same_address
 
@@ -52,6 +52,15 @@ class NatsSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     events_max_age_s: int = 30 * 24 * 3600
 
 
+class TimeoutsMax(Timeouts, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request may ask for at most."""
+
+    queue_s: float = 600.0
+    first_token_s: float = 1800.0
+    idle_s: float = 600.0
+    total_s: float = 14_400.0
+
+
 class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
@@ -71,7 +80,8 @@ class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     max_kept_bytes: int = 128 * MIB  # of answers that may be read again, in memory
     max_kept_answer_bytes: int = 8 * MIB  # of one of them
     max_kept_answers: int = 16384
-    timeouts: Timeouts = Timeouts()
+    timeouts: Timeouts = Timeouts()  # where neither the request nor its key nor the route says another
+    timeouts_max: TimeoutsMax = TimeoutsMax()
 
 
 class RoutingSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -156,6 +166,7 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
     vllm: VllmSettings = VllmSettings()
+    timeouts: TimeLimits = TimeLimits()
 
     @property
     def slots(self) -> int:
@@ -192,6 +203,8 @@ def load(config: Path | None, environ: Mapping[str, str] | None = None, **flags:
     try:
         _price_micro(raw)
         _refuse_unknown(_table(raw, "ingress").get("timeouts"), Timeouts, "a time-out")
+        for route in _tables(raw, "routes"):
+            _refuse_unknown(route.get("timeouts"), TimeLimits, "a time-out")
         settings = msgspec.convert(raw, Settings, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise SetupError(f"{config or 'settings'}: {error}") from error
@@ -369,6 +382,10 @@ def _tables(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _check(settings: Settings, config: Path | None) -> None:
+    for timeouts in (settings.ingress.timeouts, settings.ingress.timeouts_max, *(r.timeouts for r in settings.routes)):
+        for name, seconds in msgspec.structs.asdict(timeouts).items():
+            if seconds is not None and not seconds > 0:
+                raise SetupError(f"{config or 'settings'}: the time-out {name} must be above 0")
     ids = [route.id for route in settings.routes]
     for doubled in {i for i in ids if ids.count(i) > 1}:
         raise SetupError(f"{config}: two routes have the id {doubled!r}")

@@ -14,6 +14,7 @@ from schemas.jobs import Cancelled, Completed, HandedBack, Job, Outcome
 from schemas.jobs import Failed as FailedOutcome
 from schemas.money import Usage
 from workers.providers.base import Provider
+from workers.providers.patience import BEHIND_S
 from workers.reporter import Reporter
 from workers.seam import seamless
 
@@ -50,7 +51,7 @@ async def run_attempt(job: Job, *, provider: Provider, report: Reporter, progres
 
 async def _outcome(job: Job, provider: Provider, report: Reporter, progress: Progress) -> Outcome:
     outcome: Outcome
-    total = asyncio.timeout(job.timeouts.total_s)
+    total = asyncio.timeout(job.timeouts.total_s + BEHIND_S)
     try:
         async with total:
             await _relay(job, provider, report, progress)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from schemas.errors import SetupError
 from schemas.providers import KnownProvider, known_providers
 from schemas.settings import RouteSettings, WorkerSettings, known_provider
@@ -25,6 +27,7 @@ def make_provider(route: RouteSettings, settings: WorkerSettings) -> Provider:
 
     Raises: SetupError if the route can't work as it is written.
     """
+    settings = _patient(settings, route)
     known = known_provider(route)
     if known is not None:
         return Known.of(known, route, settings) if known.wire == "openai" else _own_wire(known, route, settings)
@@ -33,6 +36,15 @@ def make_provider(route: RouteSettings, settings: WorkerSettings) -> Provider:
         names = ", ".join(sorted({*_OWN, *known_providers()}))
         raise SetupError(f"route {route.id!r}: unknown provider {route.provider!r}; known are: {names}")
     return make(route, settings)
+
+
+def _patient(settings: WorkerSettings, route: RouteSettings) -> WorkerSettings:
+    """*settings* with at least the patience that *route* states: the ingress keeps the time, too, and to the millisecond."""
+    return msgspec.structs.replace(
+        settings,
+        first_byte_timeout_s=max(settings.first_byte_timeout_s, route.timeouts.first_token_s or 0.0),
+        idle_timeout_s=max(settings.idle_timeout_s, route.timeouts.idle_s or 0.0),
+    )
 
 
 def _own_wire(known: KnownProvider, route: RouteSettings, settings: WorkerSettings) -> Provider:

@@ -8,6 +8,8 @@ from schemas.errors import ProviderTimeout
 from schemas.jobs import Timeouts
 from schemas.settings import WorkerSettings
 
+BEHIND_S = 2.0  # the ingress keeps a request's time-outs, and names them; a worker that hears nothing of it stops so much later
+
 
 class Patience:
     """First for the first chunk, then for each next one, and in all. ``until_s`` is by *clock*, monotonic seconds."""
@@ -22,11 +24,11 @@ class Patience:
 
     @classmethod
     def with_job(cls, timeouts: Timeouts, settings: WorkerSettings, *, clock: Callable[[], float]) -> Patience:
-        """The worker's limits and the request's: the smaller one counts."""
+        """The worker's limits, and `BEHIND_S` behind the ingress the request's: the smaller one counts."""
         return cls(
-            first_s=min(settings.first_byte_timeout_s, timeouts.first_token_s),
-            idle_s=min(settings.idle_timeout_s, timeouts.idle_s),
-            total_s=timeouts.total_s,
+            first_s=min(settings.first_byte_timeout_s, timeouts.first_token_s + BEHIND_S),
+            idle_s=min(settings.idle_timeout_s, timeouts.idle_s + BEHIND_S),
+            total_s=timeouts.total_s + BEHIND_S,
             clock=clock,
         )
 
