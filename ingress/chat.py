@@ -70,7 +70,7 @@ class ChatCompletions:
         self._control = control
         self._settings = settings
         self._running = 0
-        self.replays = Replays(services.log, control, settings)
+        self.replays = Replays(services.log, control, settings, services.neighbours)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._running += 1

@@ -17,6 +17,7 @@ from bus.queue import JobQueue
 from ingress.answer import Answer
 from ingress.attempt import Attempt
 from ingress.books import Books, Broke, Done, Ending, Left
+from ingress.neighbours import Neighbours
 from ingress.policy.routing import Leg
 from ingress.policy.trail import Trail
 from ingress.policy.waits import Waits
@@ -51,6 +52,7 @@ class Services:
     router: Router
     timeouts: Timeouts
     keep_alive_comment_s: float
+    neighbours: Neighbours | None = None  # who may have answers that clients ask for here; None: nobody
 
 
 class Exchange:

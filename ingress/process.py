@@ -26,6 +26,7 @@ from ingress.books import RECORD_FAILURE_WAIT_S
 from ingress.bootstrap import Setup, state_setup
 from ingress.exchange import Services
 from ingress.fleet import Fleet
+from ingress.neighbours import Neighbours
 from ingress.protocol import bounded_protocol
 from ingress.relay import Switchboard
 from ingress.router import Router
@@ -80,6 +81,8 @@ async def run_ingress(
     await fleet.start()
     await fleet.gather()
     await beacon.start()
+    neighbours = Neighbours(connection, name)
+    await neighbours.start()
     services = Services(
         ingress=name,
         log=event_log,
@@ -88,6 +91,7 @@ async def run_ingress(
         router=Router(fleet, control, settings.routing),
         timeouts=settings.ingress.timeouts,
         keep_alive_comment_s=settings.ingress.keep_alive_comment_s,
+        neighbours=neighbours,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings.ingress)
     server = _Server(

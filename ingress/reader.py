@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -27,7 +27,34 @@ class Client(NamedTuple):
         return cut_of(self.scope.get("state", {}))
 
 
-async def follow(reader: Reader, client: Client, *, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+class Source(Protocol):
+    """What a client reads from."""
+
+    gone: bool  # the client has left
+    told_status: bool  # and had been told this
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]: ...
+
+    async def listen(self, receive: Receive) -> None:
+        """Returns when its client has left."""
+
+    async def begun(self) -> bool:
+        """Waits for the answer to begin. False if the client leaves first."""
+
+    async def next(self) -> bytes:
+        """What comes next, a comment while nothing does; empty at the end, or when the client has gone.
+
+        Raises: AnswerNotKept if what comes next had to be forgotten before it was read.
+        """
+
+    def close(self) -> None: ...
+
+
+async def follow(reader: Source, client: Client, *, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Sends *client* what *reader* reads, with further *headers*, until the end or until it leaves; closes the reader.
 
     One that reads so slowly that what comes next is not kept any more is cut off.
@@ -46,13 +73,12 @@ async def follow(reader: Reader, client: Client, *, headers: Iterable[tuple[byte
         reader.close()
 
 
-async def _tell(reader: Reader, send: Send, headers: Iterable[tuple[bytes, bytes]]) -> None:
+async def _tell(reader: Source, send: Send, headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Sends all there is. After having been cancelled it may be called again. Raises: AnswerNotKept."""
     if not await reader.begun():
         return
     if not reader.told_status:
-        told = [*reader.transcript.headers, *headers]
-        await send({"type": "http.response.start", "status": reader.transcript.status, "headers": told})
+        await send({"type": "http.response.start", "status": reader.status, "headers": [*reader.headers, *headers]})
         reader.told_status = True
     while body := await reader.next():
         await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -80,24 +106,26 @@ class Reader:
             transcript.on_reader()
             transcript.on_reader = None
 
+    @property
+    def status(self) -> int:
+        return self.transcript.status
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return self.transcript.headers
+
     async def listen(self, receive: Receive) -> None:
-        """Returns when its client has left."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.gone = True
         self.transcript.wake()
 
     async def begun(self) -> bool:
-        """Waits for the answer to begin. False if the client leaves first."""
         while not self.transcript.status and not self.gone:
             await self.transcript.waiter()
         return not self.gone
 
     async def next(self) -> bytes:
-        """What comes next, a comment while nothing does; empty at the end, or when the client has gone.
-
-        Raises: AnswerNotKept if what comes next had to be forgotten before it was read.
-        """
         transcript = self.transcript
         while not self.gone:
             body, self.after = transcript.read(self.after)

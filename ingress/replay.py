@@ -16,6 +16,7 @@ from ingress.answer import Answer
 from ingress.archive import Archive
 from ingress.auth import Principal, authenticate
 from ingress.exchange import Exchange
+from ingress.neighbours import FarReader, Neighbours
 from ingress.protocol import tasks_of
 from ingress.reader import Client, Reader, follow
 from ingress.transcript import Owner, Transcript
@@ -66,8 +67,13 @@ def wish_of(headers: list[tuple[bytes, bytes]], *, resume_s: float) -> Wish:
 class Replays:
     """What the chat endpoint does so that answers can be read again."""
 
-    def __init__(self, event_log: EventLog, control: ControlFeed, settings: IngressSettings) -> None:
+    def __init__(
+        self, event_log: EventLog, control: ControlFeed, settings: IngressSettings, neighbours: Neighbours | None
+    ) -> None:
         self.archive = Archive(settings)
+        self._neighbours = neighbours
+        if neighbours is not None:
+            neighbours.tell_of(self.archive)
         self.running = 0  # requests that go on without their clients if need be
         self._tasks: set[asyncio.Future[None]] = set()
         self._log = event_log
@@ -88,7 +94,10 @@ class Replays:
             return None
         transcript = self.archive.find_claim(_owner(principal), key=wish.key, body=body)
         if transcript is not None:
-            self._note(transcript, principal, by="idempotency_key", after=wish.after or 0)
+            after = wish.after or 0
+            transcript.check(after)
+            running = not transcript.ended
+            self._note(transcript.request_id, principal, by="idempotency_key", after=after, running=running)
         elif wish.after is not None:
             raise AnswerNotFound
         return transcript
@@ -122,9 +131,23 @@ class Replays:
             request_id = request_id_of(scope["path_params"]["completion_id"])
         except ValueError as error:
             raise AnswerNotFound from error
-        transcript = self.archive.find(_owner(principal), request_id)
-        self._note(transcript, principal, by="last_event_id", after=after)
-        await self.tell_again(transcript, after=after, client=Client(scope, receive, send))
+        reader = await self._find(principal, request_id, after=after)
+        await follow(reader, Client(scope, receive, send), headers=[REPLAYED])
+
+    async def _find(self, principal: Principal, request_id: RequestId, *, after: int) -> Reader | FarReader:
+        """Raises: AnswerNotFound, AnswerNotKept, BadRequest, LogUnavailable."""
+        owner = _owner(principal)
+        try:
+            transcript = self.archive.find(owner, request_id)
+        except AnswerNotFound:
+            if self._neighbours is None:
+                raise
+            far = await self._neighbours.find(owner, request_id, after=after)
+            self._note(request_id, principal, by="last_event_id", after=after, running=not far.ended)
+            return far
+        transcript.check(after)
+        self._note(request_id, principal, by="last_event_id", after=after, running=not transcript.ended)
+        return Reader(transcript, after=after)
 
     def _open(self, wish: Wish, request_id: RequestId, owner: Owner, *, body: bytes) -> Transcript:
         grace_s = self._resume_s if wish.grace_s is None else wish.grace_s
@@ -177,19 +200,18 @@ class Replays:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-    def _note(self, transcript: Transcript, principal: Principal, *, by: str, after: int) -> None:
-        """Raises: AnswerNotKept, BadRequest, LogUnavailable."""
-        transcript.check(after)
+    def _note(self, request_id: RequestId, principal: Principal, *, by: str, after: int, running: bool) -> None:
+        """Raises: LogUnavailable."""
         self._log.note(
             RequestReplayed(
                 id=EventId(new_id()),
                 ts_ns=time.time_ns(),
                 org=principal.org,
-                request_id=transcript.request_id,
+                request_id=request_id,
                 producer=self._log.producer,
                 key_id=principal.key_id,
                 by=by,
-                running=not transcript.ended,
+                running=running,
                 after=after,
             )
         )

@@ -9,6 +9,7 @@ ctl.<worker>  ctl.all                 commands to a worker, or to all (core)
 presence.<worker>                     presence (core)
 here.<worker>  here.<ingress>         says nothing: whether somebody listens there tells whether that one is connected (core)
 presence.ingress.<ingress>            presence of an ingress (core)
+again.<ingress>  again.all            asks an ingress, or all, for an answer that it has (core)
 
 A name from outside (a model, a route, an org) is not a subject token: dots split tokens, `*` and `>` are wildcards. `token`
 encodes any non-empty text reversibly with letters, digits, `-` and `_`; every other byte of its UTF-8 becomes `=` and two hex digits.
@@ -32,6 +33,7 @@ ALL_CONTROL = "control.>"
 ALL_PRESENCE = "presence.*"
 ALL_INGRESS_PRESENCE = "presence.ingress.*"
 EVERY_WORKER = "ctl.all"
+EVERY_INGRESS = "again.all"
 
 TOKEN_MAX_CHARS = 200
 
@@ -115,6 +117,10 @@ def ctl(worker: WorkerId) -> str:
 
 def here(who: WorkerId | IngressId) -> str:
     return f"here.{who}"
+
+
+def again(ingress: IngressId) -> str:
+    return f"again.{ingress}"
 
 
 def presence(worker: WorkerId) -> str:

@@ -24,6 +24,7 @@ from ingress.app import build_app
 from ingress.bootstrap import Setup, state_setup
 from ingress.exchange import Services
 from ingress.fleet import LOST_AFTER_S, Fleet
+from ingress.neighbours import Neighbours
 from ingress.protocol import WRITE_TIMEOUT_S, bounded_protocol
 from ingress.relay import Switchboard
 from ingress.router import Router
@@ -201,6 +202,8 @@ async def ingress_up(
     fleet.on_lost(switchboard.lose)
     fleet.on_changed(switchboard.rouse_waiting)
     await fleet.start()
+    neighbours = Neighbours(connection, name)
+    await neighbours.start()
     services = Services(
         ingress=name,
         log=log,
@@ -209,6 +212,7 @@ async def ingress_up(
         router=Router(fleet, control, routing or RoutingSettings()),
         timeouts=settings.timeouts,
         keep_alive_comment_s=settings.keep_alive_comment_s,
+        neighbours=neighbours,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings)
     server = HttpServer(app, settings, write_timeout_s=write_timeout_s)

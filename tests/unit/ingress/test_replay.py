@@ -7,9 +7,15 @@ import asyncio
 import msgspec
 import pytest
 
+from bus.connection import BusUnavailable
+from ingress.neighbours import FarReader
+from ingress.reader import Client as HttpClient
+from ingress.reader import follow
+from schemas.again import Ask, Page
 from schemas.events import RequestReplayed
+from schemas.ids import KeyId, OrgId, RequestId
 from schemas.settings import IngressSettings
-from tests.unit.ingress.doubles import BODY, STREAM_BODY, Bench, Client
+from tests.unit.ingress.doubles import BODY, INGRESS, STREAM_BODY, Bench, Client
 from tests.waiting import eventually
 
 KEYED = {"Idempotency-Key": "k"}
@@ -118,6 +124,25 @@ async def test_when_the_drain_is_over_whoever_is_attached_is_told_so() -> None:
     assert _code(client) == "stopping"
     assert client.is_over
     assert (bench.log.finished.status, bench.log.finished.code) == ("failed", "stopping")
+
+
+class Gone:
+    """Neighbours of whom none answers any more."""
+
+    async def ask(self, *_: object) -> Page:
+        raise BusUnavailable
+
+
+async def test_a_reader_is_cut_off_when_the_ingress_that_has_its_answer_goes_away() -> None:
+    """It may not take what came for the whole."""
+    client = Client()
+    ask = Ask(request_id=RequestId("r"), org=OrgId("o"), key_id=KeyId("k"))
+    page = Page(ingress=INGRESS, status=200, body=b"id: 1\ndata: 1\n\n", last=1)
+    far = FarReader(Gone(), ask, page)  # type: ignore[arg-type]
+    await follow(far, HttpClient({"state": {"penstock.cut": client.cut_off}}, client.receive, client.send))  # type: ignore[typeddict-item]
+    assert client.body == page.body
+    assert client.cut
+    assert not client.is_over
 
 
 async def test_requests_without_clients_count_against_the_bound() -> None:

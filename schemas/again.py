@@ -1,0 +1,29 @@
+"""What ingresses say to each other when a client reads its answer on at another one than it began at."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from schemas.ids import IngressId, KeyId, OrgId, RequestId
+
+
+class Ask(Struct, frozen=True, kw_only=True):
+    """For what follows event *after* of what was told to the client with this key."""
+
+    request_id: RequestId
+    org: OrgId
+    key_id: KeyId
+    after: int = 0
+
+
+class Page(Struct, frozen=True, kw_only=True):
+    """A piece of it. It is empty if nothing came for a while; *status* is 0 until the answer has begun."""
+
+    ingress: IngressId  # who has it
+    status: int = 0
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+    last: int = 0  # the last event in *body*
+    ended: bool = False  # and nothing more will come
+    refused: str | None = None  # the code of an error instead
+    message: str | None = None  # and its words
