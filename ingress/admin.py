@@ -18,6 +18,7 @@ from schemas.admin import CreateKey, RotateKey
 from schemas.control import KeyStated, Role
 from schemas.errors import BadRequest, BodyTooLarge, NotFound, RequestTimeout
 from schemas.ids import EventId, KeyId, new_id
+from schemas.money import MICRO_PER_DOLLAR, NO_CAP, PriceCap
 from schemas.refusals import refusal
 
 T = TypeVar("T", bound=Struct)
@@ -55,6 +56,9 @@ class Admin:
             created_ns=now_ns,
             expires_ns=None if wanted.expires_in_s is None else now_ns + wanted.expires_in_s * SECOND_NS,
             timeouts=wanted.timeouts.stated(),
+            models=wanted.models,
+            routes=wanted.routes,
+            max_price=NO_CAP if wanted.max_price is None else wanted.max_price.cap(),
         )
         await self._control.say(stated)
         return _json({**shown(stated), "key": key}, status=201)
@@ -158,7 +162,19 @@ def shown(key: KeyStated) -> dict[str, Any]:
         "expires": None if key.expires_ns is None else key.expires_ns // SECOND_NS,
         "revoked": key.revoked,
         "timeouts": key.timeouts,
+        "models": key.models,
+        "routes": key.routes,
+        "max_price": None if key.max_price == NO_CAP else _price(key.max_price),
     }
+
+
+def _price(cap: PriceCap) -> dict[str, str | None]:
+    return {"prompt": _per_million(cap.prompt), "completion": _per_million(cap.completion)}
+
+
+def _per_million(micro: int | None) -> str | None:
+    """Exact dollars."""
+    return None if micro is None else f"{micro // MICRO_PER_DOLLAR}.{micro % MICRO_PER_DOLLAR:06d}"
 
 
 def _by_route(row: dict[str, Any]) -> tuple[str, str]:

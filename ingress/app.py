@@ -22,6 +22,7 @@ from ingress.exchange import Services
 from ingress.fleet import Fleet
 from ingress.problems import problem_of
 from schemas import openapi
+from schemas.control import KeyStated
 from schemas.errors import MethodNotAllowed, ModelNotFound, NotFound, PenstockError
 from schemas.ids import new_id
 from schemas.settings import IngressSettings
@@ -89,24 +90,24 @@ class Models:
         self._began_ns = time.time_ns()
 
     async def list(self, request: Request) -> Response:
-        self._authenticate(request)
-        return _json({"object": "list", "data": [self._shown(model) for model in self._fleet.models()]})
+        key = self._authenticate(request)
+        found = [self._shown(model) for model in self._fleet.models() if _may_ask(key, model)]
+        return _json({"object": "list", "data": found})
 
     async def retrieve(self, request: Request) -> Response:
-        self._authenticate(request)
         return _json(self._shown(self._served(request)))
 
     async def delete(self, request: Request) -> Response:
         """Deletes nothing, and says so: models are the workers' and the providers'."""
-        self._authenticate(request)
         return _json({"id": self._served(request), "object": "model", "deleted": False})
 
-    def _authenticate(self, request: Request) -> None:
-        authenticate(request.scope["headers"], self._control.state, now_ns=time.time_ns())
+    def _authenticate(self, request: Request) -> KeyStated:
+        return authenticate(request.scope["headers"], self._control.state, now_ns=time.time_ns())
 
     def _served(self, request: Request) -> str:
+        key = self._authenticate(request)
         model: str = request.path_params["model"]
-        if not self._fleet.offers(model):
+        if not self._fleet.offers(model) or not _may_ask(key, model):
             raise ModelNotFound(f"The model '{model}' does not exist here, or nobody serves it now.", param="model")
         return model
 
@@ -115,6 +116,10 @@ class Models:
         stated = [self._control.state.routes[route] for route in routes if route in self._control.state.routes]
         created_ns = min((route.created_ns for route in stated), default=self._began_ns)
         return {"id": model, "object": "model", "created": created_ns // SECOND_NS, "owned_by": routes[0]}
+
+
+def _may_ask(key: KeyStated, model: str) -> bool:
+    return key.models is None or model in key.models
 
 
 class Health:

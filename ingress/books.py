@@ -14,7 +14,7 @@ from ingress.problems import CLIENT_LEFT_STATUS, problem_of
 from schemas.chat import ChatRequest
 from schemas.control import KeyStated
 from schemas.errors import BacklogFull, PenstockError
-from schemas.events import AttemptLost, AttemptStarted, RequestAccepted, RequestFinished
+from schemas.events import AttemptLost, AttemptStarted, LeftOutLeg, RequestAccepted, RequestFinished
 from schemas.frames import Delta, Finished
 from schemas.ids import EventId, RequestId, new_id
 from schemas.money import Usage, cost, estimate
@@ -227,6 +227,8 @@ class Books:
             prompt_bytes=len(self.request.messages_raw),
             models=tuple(leg.model for leg in legs) if {leg.model for leg in legs} != {self.request.model} else (),
             prices=tuple(leg.price for leg in legs) if any(leg.price != legs[0].price for leg in legs) else (),
+            reasons=tuple(leg.why for leg in legs) if any(leg.why for leg in legs) else (),
+            left_out=tuple(LeftOutLeg(route=o.route, model=o.model, why=o.why) for o in self.plan.left_out),
         )
 
     def _finished(

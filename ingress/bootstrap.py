@@ -16,7 +16,7 @@ import structlog
 from bus.control import ControlFeed
 from ingress.auth import hash_key, hint_of
 from schemas.admin import DEFAULT_ORG
-from schemas.control import KeyStated, OrgStated, PublicModel, Role, RouteStated
+from schemas.control import ControlEvent, KeyStated, OrgStated, PublicModel, Role, RouteStated
 from schemas.errors import Conflict
 from schemas.ids import EventId, KeyId, RouteId, new_id
 from schemas.settings import RouteSettings, secret
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 BY_SETUP = "setup"
 CONFLICTS_MAX = 10
+ENVELOPE = frozenset(ControlEvent.__struct_fields__)
 GIVEN_KEYS = (("PENSTOCK_ADMIN_KEY", Role.ADMIN), ("PENSTOCK_API_KEY", Role.CLIENT))
 
 
@@ -109,25 +110,24 @@ async def _state_key(control: ControlFeed, key: str, role: Role, producer: str) 
 async def _state_route(control: ControlFeed, route: RouteSettings, rank: int, producer: str) -> None:
     models = tuple(PublicModel(name=model.name, price=model.charged) for model in route.models)
     before = control.state.routes.get(RouteId(route.id))
-    if before is not None and (before.provider, before.models, before.rank, before.removed, before.timeouts) == (
-        route.provider,
-        models,
-        rank,
-        False,
-        route.timeouts,
-    ):
-        return
-    await control.say(
-        RouteStated(
-            id=EventId(new_id()),
-            ts_ns=time.time_ns(),
-            by=BY_SETUP,
-            producer=producer,
-            route=route.id,
-            provider=route.provider,
-            models=models,
-            rank=rank,
-            timeouts=route.timeouts,
-            created_ns=time.time_ns() if before is None else before.created_ns,
-        )
+    said = RouteStated(
+        id=EventId(new_id()),
+        ts_ns=time.time_ns(),
+        by=BY_SETUP,
+        producer=producer,
+        route=route.id,
+        provider=route.provider,
+        models=models,
+        rank=rank,
+        weight=route.weight,
+        timeouts=route.timeouts,
+        tokens_per_minute=route.tokens_per_minute,
+        created_ns=time.time_ns() if before is None else before.created_ns,
     )
+    if before is None or _facts(before) != _facts(said):
+        await control.say(said)
+
+
+def _facts(route: RouteStated) -> dict[str, object]:
+    """What is stated, without the envelope."""
+    return {name: getattr(route, name) for name in route.__struct_fields__ if name not in ENVELOPE}

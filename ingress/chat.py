@@ -24,7 +24,7 @@ from ingress.reader import Client
 from ingress.replay import NO_WISH, Replays, Wish, wish_of
 from ingress.sse import EventWriter
 from ingress.transcript import Transcript
-from schemas.chat import ChatRequest, decode_request
+from schemas.chat import ChatRequest, decode_request, for_providers
 from schemas.control import KeyStated
 from schemas.errors import (
     BodyTooLarge,
@@ -122,16 +122,18 @@ class ChatCompletions:
             return earlier
         if not self._services.queue.is_up:
             raise QueueUnavailable
+        plan = self._services.router.plan(request, principal, body)
         books = Books(
             self._services.log,
             visit.arrival,
             request,
             body_bytes=len(body),
             principal=principal,
-            plan=self._services.router.plan(request),
+            plan=plan,
             prompt_hash=prompt_hash(principal.org, request.messages_raw),
         )
-        return Exchange(self._services, books, body=body, waits=waits)
+        ours = request.provider is not None or request.models is not None
+        return Exchange(self._services, books, body=for_providers(body) if ours else body, waits=waits)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises: BodyTooLarge, RequestTimeout, ClientLeftError."""

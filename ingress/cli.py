@@ -80,6 +80,12 @@ def keys(context: click.Context, home: str | None) -> None:
 @click.option("--role", type=click.Choice(["client", "analyst", "admin"]), default="client", show_default=True)
 @click.option("--org", default="default", show_default=True)
 @click.option("--expires-in-s", type=int, help="Seconds until it stops working; never by default.")
+@click.option("--model", "models", multiple=True, help="A model that it may ask for; give it for each. All by default.")
+@click.option(
+    "--route", "routes", multiple=True, help='A route, a provider or "own", where its requests may go. All by default.'
+)
+@click.option("--max-prompt-price", help="US dollars per million tokens of the prompt that it may cost at most.")
+@click.option("--max-completion-price", help="The same of the completion.")
 @click.option(
     "--timeout-queue-s", "queue_s", type=float, help="Its requests' time-out from acceptance until a worker begins."
 )
@@ -87,15 +93,20 @@ def keys(context: click.Context, home: str | None) -> None:
 @click.option("--timeout-idle-s", "idle_s", type=float, help="Between tokens.")
 @click.option("--timeout-total-s", "total_s", type=float, help="From acceptance until the last byte.")
 @click.pass_obj
-def create_key(
-    home: str | None, /, name: str, role: str, org: str, expires_in_s: int | None, **timeouts: float | None
-) -> None:
+def create_key(home: str | None, /, *, models: tuple[str, ...], routes: tuple[str, ...], **given: Any) -> None:
     """Create a key. It is shown this once and never again.
 
     The time-outs hold for its requests, which may ask for shorter ones.
     """
-    stated = {name: seconds for name, seconds in timeouts.items() if seconds is not None}
-    body = {"name": name, "role": role, "org": org, "expires_in_s": expires_in_s, "timeouts": stated}
+    price = {"prompt": given.pop("max_prompt_price"), "completion": given.pop("max_completion_price")}
+    timeouts = {name: given.pop(name) for name in ("queue_s", "first_token_s", "idle_s", "total_s")}
+    body = {
+        **given,
+        "models": models or None,
+        "routes": routes or None,
+        "max_price": price if any(price.values()) else None,
+        "timeouts": {name: seconds for name, seconds in timeouts.items() if seconds is not None},
+    }
     made = call(home, "POST", "/admin/v1/keys", body)
     click.echo(f"{made['id']}  role {made['role']}  org {made['org']}", err=True)
     click.echo(made["key"])
@@ -106,8 +117,12 @@ def create_key(
 def list_keys(home: str | None) -> None:
     """List the keys."""
     rows = call(home, "GET", "/admin/v1/keys")["data"]
-    columns = ["id", "name", "role", "org", "hint", "created", "expires", "revoked"]
-    print_table(columns, [[row[column] for column in columns] for row in rows])
+    columns = ["id", "name", "role", "org", "hint", "created", "expires", "revoked", "models", "routes"]
+    print_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
+
+
+def _cell(value: Any) -> Any:
+    return ", ".join(value) if isinstance(value, list) else value
 
 
 @keys.command("rotate")

@@ -99,7 +99,7 @@ class Exchange:
     async def _serve(self) -> Ending:
         """Attempts, until one ends the request. Raises: PenstockError of the last of them."""
         self.books.open()
-        await self._begin(self.books.plan.legs[0])
+        await self._begin(self._trail.first())
         await self.books.opened()  # no byte goes out before both are on record
         now = time.monotonic()
         for attempt in self._running:

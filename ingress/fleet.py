@@ -1,10 +1,11 @@
-"""Who is alive, and what they serve at what price: folded from presence."""
+"""Who is alive, what they serve at what price, and how busy they are: folded from presence."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 import msgspec
 import structlog
@@ -12,7 +13,15 @@ import structlog
 from bus.connection import BusUnavailable, Connection, Message
 from schemas import codec, subjects
 from schemas.ids import RouteId, WorkerId
-from schemas.jobs import PRESENCE_EVERY_S, PRESENCE_MISSED_MAX, Announce, Presence, WorkerState
+from schemas.jobs import (
+    PRESENCE_EVERY_S,
+    PRESENCE_MISSED_MAX,
+    Announce,
+    ModelOffer,
+    Presence,
+    RouteOffer,
+    WorkerState,
+)
 from schemas.money import Price
 
 log = structlog.get_logger()
@@ -23,20 +32,63 @@ GATHER_MAX_S = 1.0
 LOST_AFTER_S = PRESENCE_EVERY_S * PRESENCE_MISSED_MAX
 WORKERS_MAX = 100_000
 NOBODY: AbstractSet[WorkerId] = frozenset()
+MODELS_MAX = 100_000  # that are remembered when nobody serves them any more
+
+UNKNOWN_QUANTISATION = "unknown"
 
 Lost = Callable[[WorkerId], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the live workers of a route say of a model there. Where they differ, what holds for all of them."""
+
+    provider: str
+    price: Price
+    own: bool | None  # None: they don't tell
+    quantisations: frozenset[str]
+    parameters: frozenset[str] | None
+
+    def beside(self, other: Offer) -> Offer:
+        """With *other*, of another worker of the same route: any of them may get the job."""
+        parameters = None
+        if self.parameters is not None and other.parameters is not None:
+            parameters = self.parameters & other.parameters
+        own = None if self.own is None or other.own is None else self.own and other.own
+        return Offer(other.provider, other.price, own, self.quantisations | other.quantisations, parameters)
+
+
+@dataclass(slots=True)
+class Load:
+    """Of a route, at all its workers: *begun* by this ingress (less those that ended) since one of them last told."""
+
+    slots: int = 0
+    free: int = 0
+    running: int = 0  # of this ingress
+    begun: int = 0
+
+    @property
+    def taken(self) -> int:
+        """How many slots are, as far as can be known here: what others began since isn't."""
+        return max(self.slots - self.free + self.begun, self.running, 0)
+
+
 class Fleet:
-    """The workers that have been heard of lately. `offers` answers in one look-up: it is asked for every request."""
+    """The workers that have been heard of lately. `offers` answers in one look-up: it is asked for every request.
+
+    *version* changes whenever an offer does.
+    """
 
     def __init__(self, connection: Connection, *, lost_after_s: float = LOST_AFTER_S) -> None:
         self._connection = connection
         self._lost_after_s = lost_after_s
         self._heard: dict[WorkerId, tuple[Presence, float]] = {}
-        self._offers: dict[str, dict[RouteId, Price]] = {}
-        self._known: set[str] = set()  # every model that was ever offered, so that "not now" isn't "never"
+        self.version = 0
+        self._offers: dict[str, dict[RouteId, Offer]] = {}
+        # Whatever was ever offered, so that "not now" isn't "never": model -> route -> its last offer.
+        self._known: dict[str, dict[RouteId, Offer]] = {}
         self._servers: dict[tuple[RouteId, str], set[WorkerId]] = {}
+        self._loads: dict[RouteId, Load] = {}
         self._lost: list[Lost] = []
         self._changed: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
@@ -76,9 +128,23 @@ class Fleet:
         """The workers that serve *model* on *route* now."""
         return self._servers.get((route, model), NOBODY)
 
-    def offers(self, model: str) -> dict[RouteId, Price]:
-        """The live routes that serve *model*, each with the price its workers state."""
+    def offers(self, model: str) -> dict[RouteId, Offer]:
+        """The live routes that serve *model*, and how."""
         return self._offers.get(model, {})
+
+    def away(self, model: str) -> dict[RouteId, Offer]:
+        """The routes that served *model* once and don't now, and how they did."""
+        live = self.offers(model)
+        return {route: offer for route, offer in self._known.get(model, {}).items() if route not in live}
+
+    def names(self) -> set[str]:
+        """Every route that was ever heard of, and every provider."""
+        known = [(route, offer.provider) for offers in self._known.values() for route, offer in offers.items()]
+        return {name for names in known for name in names}
+
+    def load(self, route: RouteId) -> Load:
+        """Of a route that somebody serves; whoever begins or ends an attempt there notes it in it."""
+        return self._loads.setdefault(route, Load())
 
     def models(self) -> list[str]:
         return sorted(self._offers)
@@ -130,27 +196,49 @@ class Fleet:
                 return
             log.info("worker_online", worker=presence.worker, routes=[offer.route for offer in presence.routes])
         self._heard[presence.worker] = (presence, self._loop.time())
-        if before is None or _served(before[0]) != _served(presence):
+        self._weigh(None if before is None else before[0], presence)
+        if before is None or not _offers_the_same(before[0], presence):
             self._index()
 
     def _forget(self, worker: WorkerId, *, reason: str) -> None:
-        if self._heard.pop(worker, None) is not None:
+        heard = self._heard.pop(worker, None)
+        if heard is not None:
             log.info("worker_offline", worker=worker, reason=reason)
+            self._weigh(heard[0], None)
             self._index()
         for callback in self._lost:
             callback(worker)
 
+    def _weigh(self, before: Presence | None, now: Presence | None) -> None:
+        """Puts what a worker says of its slots in place of what it said before."""
+        for presence, sign in ((before, -1), (now, 1)):
+            for offer in () if presence is None else presence.routes:
+                load = self.load(offer.route)
+                load.slots += sign * offer.slots
+                load.free += sign * offer.free
+                load.begun = 0
+
     def _index(self) -> None:
-        offers: dict[str, dict[RouteId, Price]] = {}
+        offers: dict[str, dict[RouteId, Offer]] = {}
         servers: dict[tuple[RouteId, str], set[WorkerId]] = {}
         for presence, _ in self._heard.values():
-            for route, model, price in _served(presence):
-                offers.setdefault(model, {})[route] = price
-                servers.setdefault((route, model), set()).add(presence.worker)
-            self._known.update(model.name for offer in presence.routes for model in offer.models)
+            for route in presence.routes:
+                for model in route.models:
+                    offer = _offer(route, model)
+                    self._know(route.route, model.name, offer)
+                    if presence.state is WorkerState.SERVING and route.down is None:
+                        routes = offers.setdefault(model.name, {})
+                        known = routes.get(route.route)
+                        routes[route.route] = offer if known is None else known.beside(offer)
+                        servers.setdefault((route.route, model.name), set()).add(presence.worker)
         self._offers, self._servers = offers, servers
+        self.version += 1
         for callback in self._changed:
             callback()
+
+    def _know(self, route: RouteId, model: str, offer: Offer) -> None:
+        if model in self._known or len(self._known) < MODELS_MAX:
+            self._known.setdefault(model, {})[route] = offer
 
     async def _sweep(self) -> None:
         while True:
@@ -162,12 +250,23 @@ class Fleet:
                 self._forget(worker, reason="silent")
 
 
-def _served(presence: Presence) -> list[tuple[RouteId, str, Price]]:
-    if presence.state is not WorkerState.SERVING:
-        return []
-    return [
-        (offer.route, model.name, model.price)
-        for offer in presence.routes
-        if offer.down is None
-        for model in offer.models
-    ]
+def _offers_the_same(before: Presence, now: Presence) -> bool:
+    """In all but the numbers, which change at every beat."""
+    if before.state is not now.state or len(before.routes) != len(now.routes):
+        return False
+    return all(
+        (one.route, one.provider, one.down, one.own, one.parameters, one.models)
+        == (other.route, other.provider, other.down, other.own, other.parameters, other.models)
+        for one, other in zip(before.routes, now.routes, strict=True)
+    )
+
+
+def _offer(route: RouteOffer, model: ModelOffer) -> Offer:
+    quantisation = model.fingerprint.quantisation if model.fingerprint is not None else None
+    return Offer(
+        provider=route.provider,
+        price=model.price,
+        own=route.own,
+        quantisations=frozenset({(quantisation or UNKNOWN_QUANTISATION).lower()}),
+        parameters=None if route.parameters is None else frozenset(route.parameters),
+    )

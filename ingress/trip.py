@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ingress.fleet import Load
 from ingress.policy.cooldown import Cooldowns
-from ingress.policy.measured import LastMinute, Measured
+from ingress.policy.measured import Exploration, LastMinute, Measured
 from ingress.policy.routing import Leg
 from schemas.errors import (
     Fault,
@@ -18,6 +19,7 @@ from schemas.errors import (
     ProviderUnreachable,
     QueueTimeout,
 )
+from schemas.ids import RouteId
 from schemas.settings import RoutingSettings
 
 SECOND_US = 1e6
@@ -29,9 +31,13 @@ _SURE = (ProviderAuth, ProviderRateLimited, ProviderUnreachable)  # the next att
 class Seen:
     """What the attempts of this ingress have shown. *clock* counts monotonic seconds."""
 
-    def __init__(self, settings: RoutingSettings, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: RoutingSettings, load: Callable[[RouteId], Load], *, clock: Callable[[], float]
+    ) -> None:
         self.clock = clock
+        self.load = load
         self.measured = Measured()
+        self.exploration = Exploration()
         self.last_minute = LastMinute()
         self.cooldowns = Cooldowns(first_s=settings.cooldown_s, longest_s=settings.cooldown_max_s)
 
@@ -49,6 +55,7 @@ class Trip:
         self._spoke_at: float | None = None
         self._over = False
         self._pass = seen.cooldowns.begin(leg.route, leg.model, now=self._began_at)
+        self._load(1)
 
     @property
     def is_probe(self) -> bool:
@@ -79,6 +86,7 @@ class Trip:
         if self._over:
             return
         self._over = True
+        self._load(-1)
         now, leg = self._seen.clock(), self.leg
         self._seen.cooldowns.dropped(leg.route, leg.model, self._pass)
         if self._spoke_at is not None:
@@ -92,3 +100,8 @@ class Trip:
                 duration_us=int((now - self._began_at) * SECOND_US),
                 now=now,
             )
+
+    def _load(self, more: int) -> None:
+        load = self._seen.load(self.leg.route)
+        load.running += more
+        load.begun += more

@@ -83,7 +83,7 @@ def words(event: AnyEvent) -> str:  # noqa: PLR0911 - one for each kind
             sent = "a stream" if event.stream else "one answer"
             return (
                 f"accepted: {event.model}, {sent}, {event.body_bytes} bytes, key {event.key_id} of {event.org}; "
-                f"plan {' → '.join(event.plan)}; {_price(event.price)}"
+                f"plan {_plan(event)}; {_price(event.price)}{_left_out(event)}"
             )
         case RequestRejected():
             return f"rejected with {event.http_status} {event.code}{_of_key(event.key_id)}{_of_model(event.model)}"
@@ -113,6 +113,25 @@ def _given_up(event: AttemptLost) -> str:
     return (
         f"attempt {event.epoch} given up: {event.code} ({event.worker or 'no worker'} on {event.route}{status}){ours}"
     )
+
+
+def _plan(event: RequestAccepted) -> str:
+    """The routes in order, each with the model if that is another one, and with the reason for its place."""
+    models = event.models or (event.model,) * len(event.plan)
+    reasons = event.reasons or ("",) * len(event.plan)
+    legs = []
+    for route, model, reason in zip(event.plan, models, reasons, strict=False):
+        as_model = "" if model == event.model else f" as {model}"
+        legs.append(f"{route}{as_model} ({reason})" if reason else f"{route}{as_model}")
+    return " → ".join(legs)
+
+
+def _left_out(event: RequestAccepted) -> str:
+    told = [
+        f"{leg.route or 'all routes'}{'' if leg.model == event.model else f' as {leg.model}'} ({leg.why})"
+        for leg in event.left_out
+    ]
+    return f"; left out: {', '.join(told)}" if told else ""
 
 
 def _receipt(event: AttemptFinished) -> str:

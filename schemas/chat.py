@@ -28,6 +28,7 @@ from schemas.options import (
     WebSearchOptions,
 )
 from schemas.refusals import broken, refusal
+from schemas.routing import Models, Preferences
 
 Count = Annotated[int, Meta(ge=0)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
@@ -73,6 +74,8 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     user: str | None = None
     verbosity: str | None = None
     web_search_options: WebSearchOptions | None = None
+    provider: Preferences | None = None  # this and the next are for us: they travel no further
+    models: Models | None = None  # to fall back on, in this order
 
     @property
     def messages_raw(self) -> bytes:
@@ -107,6 +110,12 @@ class _OnlyMessages(Struct, frozen=True):
     messages: Raw
 
 
+OURS = frozenset({"provider", "models"})
+_EVERYWHERE = frozenset(
+    {"model", "messages", "stream", "stream_options"}
+)  # every provider takes these, or we tell them
+
+_members = msgspec.json.Decoder(dict[str, Raw]).decode
 _request = msgspec.json.Decoder(ChatRequest).decode
 _messages = msgspec.json.Decoder(tuple[Message, ...]).decode
 _only_messages = msgspec.json.Decoder(_OnlyMessages).decode
@@ -130,7 +139,22 @@ def decode_request(body: bytes) -> ChatRequest:
         raise BadRequest("The request body is nested too deeply.") from error
     if not messages:
         raise BadRequest("Invalid value for 'messages': expected at least one message.", param="messages")
+    if request.provider is not None:
+        request.provider.check()
     return request
+
+
+def for_providers(body: bytes) -> bytes:
+    """*body*, which was decoded before, without the members that were for us alone."""
+    members = _members(body)
+    for name in OURS:
+        members.pop(name, None)
+    return msgspec.json.encode(members)
+
+
+def parameters_of(body: bytes) -> frozenset[str]:
+    """The names of the members of *body*, which was decoded before, that a provider has to honour."""
+    return frozenset(name for name, value in _members(body).items() if bytes(value) != b"null") - OURS - _EVERYWHERE
 
 
 def _decode_body(body: bytes) -> ChatRequest:
@@ -155,6 +179,7 @@ def _decode_open_body(body: bytes, first: msgspec.ValidationError) -> ChatReques
     """Looks again, more slowly, at what failed *first*: perhaps only because of a type that is not documented."""
     tree = _tree(body, first, at="")
     if isinstance(tree, dict):
+        _name_first_model(tree)
         _open(tree, "tools", Tool)
         _open(tree, "tool_choice", ToolChoice)
         _open(tree, "response_format", ResponseFormat)
@@ -209,6 +234,13 @@ def _open(holder: dict[str, Any], name: str, union: Any) -> None:
         case item:
             if name in holder:
                 holder[name] = _or_other(item, known)
+
+
+def _name_first_model(tree: dict[str, Any]) -> None:
+    """``models`` alone will do: its first is the one that is asked for."""
+    match tree.get("models"):
+        case [str(first), *_] if "model" not in tree:
+            tree["model"] = first
 
 
 def _or_other(item: Any, known: tuple[str, ...]) -> Any:

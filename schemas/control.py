@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from schemas.ids import EventId, KeyId, OrgId, RouteId
 from schemas.jobs import TimeLimits
-from schemas.money import Price
+from schemas.money import NO_CAP, Price, PriceCap
 
 
 class Role(StrEnum):
@@ -54,6 +54,9 @@ class KeyStated(ControlEvent, frozen=True, kw_only=True, tag="control.key.stated
     previous_hash: str | None = None  # valid until previous_until_ns after a rotation
     previous_until_ns: int | None = None
     timeouts: TimeLimits = TimeLimits()
+    models: tuple[str, ...] | None = None  # that it may ask for; None: all
+    routes: tuple[str, ...] | None = None  # that its requests may go to, by id or provider; None: all
+    max_price: PriceCap = NO_CAP
 
 
 class PublicModel(Struct, frozen=True, kw_only=True):
@@ -68,6 +71,8 @@ class RouteStated(ControlEvent, frozen=True, kw_only=True, tag="control.route.st
     provider: str
     models: tuple[PublicModel, ...]
     rank: int = 0  # routes of a lower rank are tried first
+    weight: int = 1  # its part of what the strategy `weighted` spreads
+    tokens_per_minute: int = 0  # what its account may use; 0: not known
     created_ns: int = 0
     removed: bool = False
     timeouts: TimeLimits = TimeLimits()

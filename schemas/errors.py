@@ -6,6 +6,7 @@ PenstockError
 │   ├── Unauthorized             401  no key, or none that we know
 │   ├── Forbidden                403  the key's role doesn't reach this
 │   ├── NotFound                 404  no such model, key or path
+│   │   ├── NoAllowedRoute       404  the model is served, but nowhere that the request allows
 │   │   └── AnswerNotFound       404  no such request of this key, or its answer is not here
 │   ├── MethodNotAllowed         405
 │   ├── RequestTimeout           408  the body didn't arrive in time
@@ -94,6 +95,12 @@ class ModelNotFound(NotFound):
     """The model does not exist here. GET /v1/models lists those that do."""
 
     code = "model_not_found"
+
+
+class NoAllowedRoute(NotFound):
+    """No route that serves this model is allowed by the request and its key."""
+
+    code = "no_allowed_route"
 
 
 class MethodNotAllowed(RequestError):

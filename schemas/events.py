@@ -27,6 +27,14 @@ class Event(Struct, frozen=True, kw_only=True, tag_field="kind"):
     producer: str
 
 
+class LeftOutLeg(Struct, frozen=True, kw_only=True):
+    """A place that the request could have gone to, and why it will not."""
+
+    route: RouteId
+    model: str
+    why: str
+
+
 class RequestAccepted(Event, frozen=True, kw_only=True, tag="request.accepted"):
     """The request is valid, its key may make it and a route is live. Durable before the job's first byte reaches the client."""
 
@@ -42,6 +50,8 @@ class RequestAccepted(Event, frozen=True, kw_only=True, tag="request.accepted"):
     prompt_bytes: int = 0  # of the messages: what an estimate of the prompt's tokens is made of
     models: tuple[str, ...] = ()  # of each route of the plan, where one differs from the client's
     prices: tuple[Price, ...] = ()  # of each route of the plan, where one differs from the first's
+    reasons: tuple[str, ...] = ()  # of each route of the plan, where there was a choice: why it stands there
+    left_out: tuple[LeftOutLeg, ...] = ()  # the first of them
 
 
 class RequestRejected(Event, frozen=True, kw_only=True, tag="request.rejected"):

@@ -179,6 +179,8 @@ class RouteOffer(Struct, frozen=True, kw_only=True):
     free: int
     down: str | None = None  # why no job is taken at the moment
     engine: EngineStats | None = None  # where the model server tells
+    own: bool | None = None  # it runs on the deployment's machines; None: an older worker, which doesn't tell
+    parameters: tuple[str, ...] | None = None  # of a request that it is known to honour; None: not known
 
 
 class WorkerState(StrEnum):

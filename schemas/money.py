@@ -45,6 +45,26 @@ class Price(Struct, frozen=True, kw_only=True, omit_defaults=True):
     unknown: bool = False  # nobody stated a price: what is counted at it costs 0, but that doesn't make it free
 
 
+class PriceCap(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The most that is paid, in whole micro-dollars per million tokens of the prompt and of the completion; None is no limit."""
+
+    prompt: int | None = None
+    completion: int | None = None
+
+    def allows(self, price: Price) -> bool:
+        """Whether *price* is known and within the limits, in each of a text's classes of tokens."""
+        if self.prompt is None and self.completion is None:
+            return True
+        if price.unknown:
+            return False
+        prompt, completion = _dearest(price.input, price.cached_input), _dearest(price.output, price.reasoning)
+        return (self.prompt is None or prompt <= self.prompt) and (
+            self.completion is None or completion <= self.completion
+        )
+
+
+NO_CAP = PriceCap()
+
 PROMPT_BYTES_PER_TOKEN = 4
 
 FREE = Price()
@@ -96,3 +116,7 @@ def dollars(pico: int) -> str:
 
 def _or(own: int | None, total: int) -> int:
     return total if own is None else own
+
+
+def _dearest(total: int, own: int | None) -> int:
+    return total if own is None else max(total, own)

@@ -267,6 +267,8 @@ def _without_other(schema: Any) -> Any:
     other = _ref(Other)
     if isinstance(schema, list):
         return [_without_other(item) for item in schema if item != other]
+    if isinstance(schema, dict) and schema.get("format") == "decimal":
+        return {"type": ["number", "string"]}  # either is read, and neither is rounded
     if isinstance(schema, dict):
         return {key: _without_other(value) for key, value in schema.items() if value != other["$ref"]}
     return schema

@@ -24,6 +24,7 @@ _PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?", r
 _TYPE = re.compile(r"Expected `(?P<wanted>[^`]*)`(?:, got `(?P<got>[^`]*)`)?")
 _BOUND = re.compile(r"Expected `(?P<kind>[^`]*)` (?P<bound>.+)")
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>[^`]*)`")
 _VALUE = re.compile(r"Invalid (?:enum )?value (?P<value>.*)", re.DOTALL)
 
 _NOUNS = {
@@ -54,6 +55,9 @@ def refusal(error: msgspec.ValidationError, *, at: str = "", values: Values = NO
     if missing := _MISSING.fullmatch(what):
         param = f"{param}.{missing['field']}".removeprefix(".")
         return BadRequest(_bounded(f"Missing required parameter: '{param}'."), param=param)
+    if unknown := _UNKNOWN.fullmatch(what):
+        param = f"{param}.{unknown['field']}".removeprefix(".")
+        return BadRequest(_bounded(f"Unknown parameter: '{param}'."), param=param)
     subject = "the request body"
     if param:  # msgspec doesn't say which key of a mapping it means, only that it is one
         subject = f"a value in '{_whole(param)}'" if ANY_KEY in param else f"'{param}'"

@@ -23,6 +23,7 @@ from schemas.ids import RouteId
 from schemas.jobs import TimeLimits, Timeouts
 from schemas.money import FREE, UNKNOWN, Price, micro_per_million
 from schemas.providers import KnownProvider, known_at, known_price, known_providers, same_address
+from schemas.routing import Order, check_order
 
 MIB = 1024 * 1024
 SLOTS_DEFAULT = 64  # of a route
@@ -87,6 +88,8 @@ class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
 class RoutingSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """In which order an ingress tries the routes of a model, and how long it leaves one alone after a fault."""
 
+    strategy: Order = "ordered"
+    models: dict[str, Order] = {}  # a model's own strategy
     cooldown_s: float = 1.0  # the first time; each further one is twice as long
     cooldown_max_s: float = 60.0
 
@@ -165,6 +168,10 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
+    own: bool | None = None  # it runs on machines of ours; None: vllm, echo, and what is on this machine
+    weight: int = 1  # its part of what the strategy `weighted` spreads
+    tokens_per_minute: int = 0  # what the account may use, for the strategy `usage_based`; 0: not known
+    parameters: tuple[str, ...] | None = None  # of a request that it honours, for `require_parameters`; None: not known
     vllm: VllmSettings = VllmSettings()
     timeouts: TimeLimits = TimeLimits()
 
@@ -290,6 +297,11 @@ def _is_here(base_url: str | None) -> bool:
         return False
 
 
+def is_own(route: RouteSettings) -> bool:
+    """Whether *route* runs on the deployment's machines, or is somebody else's."""
+    return (route.provider in OWN or _is_here(route.base_url)) if route.own is None else route.own
+
+
 def discovers(settings: Settings) -> bool:
     """Whether a worker looks for model servers on its machine."""
     return not settings.routes if settings.worker.discover is None else settings.worker.discover
@@ -395,7 +407,21 @@ def _check(settings: Settings, config: Path | None) -> None:
                 raise SetupError(f"{config}: route {route.id!r}: no header can be {header[0]!r} with that value")
         if not 0 < route.slots <= 100_000:
             raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")
+    _check_routing(settings, config)
     for address in settings.worker.discover_addresses:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise SetupError(f"{config}: discover_addresses: {address!r} is no host:port")
+
+
+def _check_routing(settings: Settings, config: Path | None) -> None:
+    for route in settings.routes:
+        if not 0 <= route.weight <= 1_000_000:
+            raise SetupError(f"{config}: route {route.id!r}: weight must be 0 to 1000000")
+    try:
+        for order in (settings.routing.strategy, *settings.routing.models.values()):
+            check_order(order)
+    except ValueError as error:
+        raise SetupError(f"{config or 'settings'}: routing: {error}") from error
+    if not 0 < settings.routing.cooldown_s <= settings.routing.cooldown_max_s:
+        raise SetupError(f"{config or 'settings'}: routing.cooldown_s must be above 0 and at most cooldown_max_s")

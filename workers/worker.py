@@ -34,7 +34,7 @@ from schemas.jobs import (
     Take,
     WorkerState,
 )
-from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
+from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings, is_own
 from workers.attempt import Progress, run_attempt
 from workers.intake import Intake
 from workers.orphans import Orphans, Served
@@ -76,6 +76,8 @@ class Route:
         self.slots = settings.slots
         self.free = settings.slots
         self.pool = pool
+        self.own = is_own(settings)
+        self.parameters = settings.parameters
         self.intake: Intake | None = None
         self.idle = asyncio.Event()
         self.idle.set()
@@ -118,6 +120,8 @@ class Route:
             free=max(0, self.free),
             down=self.down,
             engine=self.provider.stats(),
+            own=self.own,
+            parameters=self.provider.parameters() if self.parameters is None else self.parameters,
         )
 
 

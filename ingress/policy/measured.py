@@ -14,6 +14,8 @@ PLACES_MAX = 4096  # (route, model, stream or not) that are remembered; the one 
 HALF_LIFE_S = 60.0  # of what `fastest` goes by
 KNOWN_WEIGHT = 0.1  # less than this is left of its answers, and a place counts as unknown: 200 s after a single one
 
+EXPLORE_EVERY_S = 30.0  # to find out how fast an unknown place is
+
 P95_HALF_LIFE_S = 600.0
 P95_ANSWERS_MIN = 20  # with fewer, a percentile says nothing
 BUCKET_RATIO = 1.15  # a percentile is too high by this at most
@@ -30,10 +32,11 @@ _WEIGHT, _FIRST_US, _TOKENS, _TOKENS_US = range(4)
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """*tokens_per_s* is infinite where no answer had a second token."""
+    """*tokens_per_s* is infinite where no stream had a second token. Of whole answers both count the wait, too."""
 
-    first_token_us: float
+    first_token_us: float  # of a *whole* answer: all of it
     tokens_per_s: float
+    whole: bool = False
 
 
 class Measured:
@@ -52,11 +55,11 @@ class Measured:
         key = (route, model, stream)
         place = self._places.get(key)
         if place is None:
-            place = self._places[key] = _Place(now)
+            place = self._places[key] = _Place(now, whole=not stream)
             if len(self._places) > PLACES_MAX:
                 self._places.popitem(last=False)
         self._places.move_to_end(key)
-        place.note(ttft_us, tokens, duration_us - ttft_us, now)
+        place.note(ttft_us, tokens, duration_us, now)
 
     def speed(self, route: RouteId, model: str, *, stream: bool, now: float) -> Speed | None:
         """None where there is no answer that is recent enough."""
@@ -70,25 +73,27 @@ class Measured:
 
 
 class _Place:
-    __slots__ = ("_firsts", "_sums")
+    __slots__ = ("_firsts", "_sums", "_whole")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, *, whole: bool) -> None:
+        self._whole = whole
         self._sums = Fading(4, half_life_s=HALF_LIFE_S, now=now)
         self._firsts = Fading(BUCKETS, half_life_s=P95_HALF_LIFE_S, now=now)
 
-    def note(self, ttft_us: int, tokens: int, rest_us: int, now: float) -> None:
+    def note(self, ttft_us: int, tokens: int, duration_us: int, now: float) -> None:
         self._sums.add(_WEIGHT, 1.0, now=now)
         self._sums.add(_FIRST_US, ttft_us, now=now)
-        if tokens > 1 and rest_us > 0:
-            self._sums.add(_TOKENS, tokens - 1, now=now)
-            self._sums.add(_TOKENS_US, rest_us, now=now)
+        after_us = duration_us if self._whole else duration_us - ttft_us
+        if tokens > 1 and after_us > 0:
+            self._sums.add(_TOKENS, tokens if self._whole else tokens - 1, now=now)
+            self._sums.add(_TOKENS_US, after_us, now=now)
         self._firsts.add(_bucket(ttft_us), 1.0, now=now)
 
     def speed(self, now: float) -> Speed | None:
         weight, first_us, tokens, tokens_us = self._sums.all(now=now)
         if weight < KNOWN_WEIGHT:
             return None
-        return Speed(first_us / weight, tokens / tokens_us * SECOND_US if tokens_us else math.inf)
+        return Speed(first_us / weight, tokens / tokens_us * SECOND_US if tokens_us else math.inf, self._whole)
 
     def p95(self, now: float) -> int | None:
         counts = self._firsts.all(now=now)
@@ -107,6 +112,23 @@ def _bucket(us: float) -> int:
     if us <= BUCKET_FLOOR_US:
         return 0
     return min(BUCKETS - 1, int(math.log(us / BUCKET_FLOOR_US) / math.log(BUCKET_RATIO)))
+
+
+class Exploration:
+    """When a place that nobody knows the speed of was last tried to find out. Asking is trying."""
+
+    def __init__(self) -> None:
+        self._tried: OrderedDict[tuple[RouteId, str], float] = OrderedDict()
+
+    def due(self, route: RouteId, model: str, *, now: float) -> bool:
+        place = (route, model)
+        if now - self._tried.get(place, -math.inf) < EXPLORE_EVERY_S:
+            return False
+        self._tried[place] = now
+        self._tried.move_to_end(place)
+        if len(self._tried) > PLACES_MAX:
+            self._tried.popitem(last=False)
+        return True
 
 
 class LastMinute:

@@ -106,6 +106,10 @@ class Trail:
         self._is_up = is_up
         self._begun: list[tuple[str, str]] = []
 
+    def first(self) -> Leg:
+        """Where the first attempt goes: to the plan's first leg, unless another request has taken its probe meanwhile."""
+        return next((leg for leg in self._plan.legs if self._is_up(leg)), self._plan.legs[0])
+
     def begin(self, leg: Leg) -> None:
         self._begun.append(_place(leg))
 

@@ -32,7 +32,7 @@ from schemas.errors import (
 from schemas.jobs import Continues, Job, ModelFingerprint
 from schemas.providers import KnownProvider
 from schemas.settings import RouteSettings, WorkerSettings, completed
-from workers.providers.any_llm_bodies import Answers, question
+from workers.providers.any_llm_bodies import Answers, honoured, question
 from workers.providers.base import Chunk, Provider, Tell
 from workers.providers.openai import address, first_key
 from workers.providers.openai_chunks import ChunkReader
@@ -95,6 +95,9 @@ class OwnWire(Provider):
 
     def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002
         return None
+
+    def parameters(self) -> tuple[str, ...]:
+        return honoured(self._wire)
 
     def attach(self, tell: Tell) -> None:
         pass

@@ -45,6 +45,11 @@ _USUAL: dict[str, tuple[Any, ...]] = {
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
+def honoured(wire: Wire) -> tuple[str, ...]:
+    """The parameters that can be said on *wire*."""
+    return tuple(sorted(TAKEN[wire] | {"max_completion_tokens"}))
+
+
 def question(job: Job, wire: Wire) -> dict[str, Any]:
     """The keyword arguments for any-llm, less the model.
 

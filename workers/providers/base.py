@@ -80,6 +80,10 @@ class Provider(Protocol):
         """What its model server last said of itself, where it does."""
         return None
 
+    def parameters(self) -> tuple[str, ...] | None:
+        """Of a request, those that it honours; None where that is not known."""
+        return None
+
     def attach(self, tell: Tell) -> None:  # noqa: ARG002
         """Called once, before the first job: the provider may begin to prepare itself.
 

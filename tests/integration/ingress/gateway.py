@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -181,10 +182,14 @@ async def ingress_up(
     settings: IngressSettings,
     routes: tuple[RouteSettings, ...] = (),
     routing: RoutingSettings | None = None,
+    clock: Callable[[], float] = time.monotonic,
     write_timeout_s: float = WRITE_TIMEOUT_S,
     lost_after_s: float = LOST_AFTER_S,
 ) -> AsyncIterator[IngressUnderTest]:
-    """An ingress put together as ingress/process.py does it, but in this process and without signal handlers."""
+    """An ingress put together as ingress/process.py does it, but in this process and without signal handlers.
+
+    *clock* is the router's.
+    """
     name = IngressId(new_name("ingress"))
     connection = await connect(nats_url, name=name)
     await ensure_streams(connection, NatsSettings())
@@ -209,7 +214,7 @@ async def ingress_up(
         log=log,
         queue=JobQueue(connection, publisher),
         switchboard=switchboard,
-        router=Router(fleet, control, routing or RoutingSettings()),
+        router=Router(fleet, control, routing or RoutingSettings(), clock=clock),
         timeouts=settings.timeouts,
         keep_alive_comment_s=settings.keep_alive_comment_s,
         neighbours=neighbours,

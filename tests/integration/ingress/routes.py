@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,6 @@ import msgspec
 from bus.connection import Message
 from schemas.settings import IngressSettings, RouteSettings, WorkerSettings
 from tests.integration.ingress.gateway import (
-    MODEL,
     Event,
     IngressUnderTest,
     ingress_up,
@@ -87,12 +86,16 @@ async def routes_up(
     ingress: IngressSettings | None = None,
     worker: WorkerSettings | None = None,
     slots: int = 8,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
     **more: Any,
 ) -> AsyncIterator[Routes]:
-    """Routes of these *names*, tried in this order; *more* goes to `ingress_up`."""
+    """Routes of these *names*, tried in this order, with *changes* to their settings; *more* goes to `ingress_up`."""
     async with contextlib.AsyncExitStack() as stack:
         mocks = {name: await stack.enter_async_context(MockProvider()) for name in names}
-        settings = {name: route_settings(mock, name=name, slots=slots) for name, mock in mocks.items()}
+        settings = {
+            name: msgspec.structs.replace(route_settings(mock, name=name, slots=slots), **(changes or {}).get(name, {}))
+            for name, mock in mocks.items()
+        }
         up = await stack.enter_async_context(
             ingress_up(nats_url, settings=ingress or IngressSettings(), routes=tuple(settings.values()), **more)
         )
@@ -106,6 +109,6 @@ async def routes_up(
             made.events.extend(msgspec.json.decode(line) for line in msg.data.split(b"\n"))
 
         await up.connection.listen("events.>", on_page)
-        await eventually(lambda: len(up.fleet.offers(MODEL)) == len(names), what="the workers' presence")
+        await eventually(lambda: len(up.fleet.workers()) == len(names), what="the workers' presence")
         yield made
         await made.quiet()

@@ -24,6 +24,7 @@ def test_the_corpus_projects_into_the_views(store: Store, log: Log) -> None:
         2: "failed",
         3: "rejected",
         4: "rejected",
+        0x62: "open",
     }
     first = found[1]
     assert first["cost_usd"] == Decimal("1.234567890123")
@@ -36,7 +37,7 @@ def test_the_corpus_projects_into_the_views(store: Store, log: Log) -> None:
         ("lost", 3),
     ]
     assert rows(store, "select entity, count(*) from audit_log group by all order by all") == [
-        ("key", 2),
+        ("key", 3),
         ("org", 1),
-        ("route", 2),
+        ("route", 3),
     ]

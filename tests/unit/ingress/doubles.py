@@ -15,7 +15,7 @@ from ingress.fleet import Fleet
 from ingress.relay import Relay, Switchboard
 from ingress.router import Router
 from schemas import codec
-from schemas.control import ControlState, KeyStated, Role
+from schemas.control import AnyControlEvent, ControlState, KeyStated, Role
 from schemas.errors import LogUnavailable, PenstockError
 from schemas.events import Event, RequestFinished, RequestRejected
 from schemas.frames import AnyFrame, Delta, Finished, Started
@@ -139,6 +139,7 @@ class Queue:
 class Control:
     def __init__(self) -> None:
         self.state = ControlState()
+        self.changed: list[Callable[[Any], None]] = []
         self.state.apply(
             KeyStated(
                 id=EventId("e"),
@@ -152,6 +153,14 @@ class Control:
                 created_ns=1,
             )
         )
+
+    def on_change(self, callback: Callable[[Any], None]) -> None:
+        self.changed.append(callback)
+
+    def say(self, event: AnyControlEvent) -> None:
+        self.state.apply(event)
+        for callback in self.changed:
+            callback(event)
 
 
 def presence(worker: WorkerId = WORKER, *, routes: tuple[str, ...] = ("r1",), **changes: Any) -> Presence:

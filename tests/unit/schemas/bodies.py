@@ -48,6 +48,13 @@ EVERY_FIELD: dict[str, Any] = {
         "search_context_size": "low",
         "user_location": {"type": "approximate", "approximate": {"city": "Graz", "country": "AT"}},
     },
+    "provider": {
+        "order": ["a"],
+        "allow_fallbacks": True,
+        "max_price": {"prompt": 0.1, "completion": "0.6"},
+        "sort": "price",
+    },
+    "models": ["n"],
 }
 
 CONVERSATION: list[dict[str, Any]] = [

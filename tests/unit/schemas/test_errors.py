@@ -18,6 +18,7 @@ CODES = {
     "Forbidden": "insufficient_permissions",
     "NotFound": "not_found",
     "ModelNotFound": "model_not_found",
+    "NoAllowedRoute": "no_allowed_route",
     "AnswerNotFound": "answer_not_found",
     "AnswerNotKept": "answer_not_kept",
     "RequestCancelled": "request_cancelled",

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 import schemas
-from schemas import admin, providers, settings
+from schemas import admin, providers, routing, settings
 from schemas.control import ControlEvent
 from schemas.events import Event
 from schemas.frames import Frame
@@ -31,6 +31,7 @@ TYPED_BY_PEOPLE = {
     settings.__name__,
     admin.__name__,
     providers.__name__,
+    routing.__name__,
 }  # where a typing mistake must not pass for a setting
 
 
