@@ -146,6 +146,21 @@ def test_who_hung_up_is_billed_for_no_less_than_it_heard_and_no_more_than_was_ma
     assert (problems == []) is fine
 
 
+def test_what_nobody_lived_to_tell_may_be_billed_at_nothing() -> None:
+    heard = record(end=End.BROKEN, text=text(1, 1), usage=None, finish_reason=None)
+    closed = {
+        "status": "failed",
+        "code": "ingress_lost",
+        "completion_tokens": 0,
+        "prompt_tokens": 0,
+        "cached_tokens": 0,
+    }
+    assert found([heard], entries=[entry(**closed, receipts=0)]) == []
+    assert rules(found([heard], entries=[entry(**closed, receipts=1)])) == {
+        (Kind.WRONG, "billed is what was delivered")
+    }
+
+
 def test_what_never_arrived_leaves_no_trace_and_needs_none() -> None:
     lost = record(end=End.BROKEN, request_id=None, status=None, text="", usage=None)
     assert found([lost], [], []) == []

@@ -47,6 +47,8 @@ class Entry:
     cost_pico: int = 0
     estimated: bool = False
     attempts: int = 1
+    receipts: int = 0  # of workers
+    announced: bool = True  # by an ingress that says that it is there; release 0.1.0's doesn't
     accepted_events: int = 0
     ended_events: int = 0
     event_cost_pico: int = 0
@@ -107,6 +109,8 @@ def _books(evidence: Evidence) -> Iterator[Problem]:
 
 def _one_book(entry: Entry) -> Iterator[Problem]:
     if entry.status not in ENDED or entry.ended_events == 0:
+        if not entry.announced:
+            return  # it is closed, too, but a day later
         yield Problem(Kind.LOST, "every accepted request ends", entry.request_id, entry.status)
         return
     if entry.ended_events > 1 or entry.accepted_events > 1:
@@ -215,6 +219,8 @@ def _bill(record: Record, entry: Entry, said: Sequence[Generation]) -> Iterator[
         End.COMPLETED: (prompt.words, prompt.words),
         End.FAILED: (received, received),
     }.get(record.end, (received, reached))
+    if entry.code == "ingress_lost" and entry.receipts == 0:
+        least = 0  # ingress and worker both died: nobody is left who knows
     if not least <= billed <= most:
         told = f"{record.end}: {billed} billed, {received} received, {reached} generated, {prompt.words} wanted"
         yield Problem(Kind.WRONG, "billed is what was delivered", entry.request_id, told)
