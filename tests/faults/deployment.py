@@ -165,15 +165,22 @@ class Deployment:
         assert not table.truncated, "more rows than the ledger gives at once"
         return [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
 
-    async def serving(self) -> None:
-        """Returns when every ingress offers every model."""
-        wanted = {MODEL, *([ENGINE_MODEL] if self.plan.engines else [])}
+    async def serving(self, *workers: Member) -> None:
+        """Returns when every ingress offers all that *workers* serve; without them, all that every worker serves."""
+        routes = {MODEL, *([ENGINE_MODEL] if self.plan.engines else [])}
+        wanted = {
+            ((each.told() or {}).get("worker"), route) for each in workers or self.named("worker") for route in routes
+        }
 
         async def offered() -> bool:
-            answers = [await self.admin(ingress, "/v1/models") for ingress in self.named("ingress")]
-            return all(wanted <= {model["id"] for model in answer["data"]} for answer in answers)
+            answers = [await self.admin(ingress, "/admin/v1/routes") for ingress in self.named("ingress")]
+            serving = [
+                {(row["worker"], row["route"]) for row in answer["data"] if row["state"] == "serving"}
+                for answer in answers
+            ]
+            return all(wanted <= each for each in serving)
 
-        await eventually(offered, timeout_s=SERVED_WAIT_S, every_s=0.05, what="the models")  # type: ignore[arg-type]
+        await eventually(offered, timeout_s=SERVED_WAIT_S, every_s=0.05, what="the routes")  # type: ignore[arg-type]
 
     async def admin(self, ingress: Member, path: str) -> dict[str, Any]:
         """What *ingress* answers to GET *path*. Raises: OSError, ValueError."""
