@@ -48,7 +48,7 @@ def frozen(pid: int) -> Iterator[None]:
     """The process is there, but does nothing: to its clients a cut cable."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        while not _is_stopped(pid):
+        while not is_stopped(pid):
             time.sleep(0.001)
         yield
     finally:
@@ -64,7 +64,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
     """Whether each of its threads has stopped."""
     states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
     return set(states) == {"T"}

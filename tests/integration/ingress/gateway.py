@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 from bus.connection import Connection, Message, connect
 from bus.control import ControlFeed
 from bus.log import EventLog
+from bus.presence import Beacon
 from bus.publisher import Publisher
 from bus.queue import JobQueue
 from bus.streams import ensure_streams
@@ -29,6 +30,7 @@ from ingress.neighbours import Neighbours
 from ingress.protocol import WRITE_TIMEOUT_S, bounded_protocol
 from ingress.relay import Switchboard
 from ingress.router import Router
+from schemas import subjects
 from schemas.control import Role
 from schemas.ids import IngressId, RouteId, WorkerId, new_name
 from schemas.jobs import Timeouts
@@ -196,7 +198,8 @@ async def ingress_up(
     connection.on_reconnect(lambda: ensure_streams(connection, NatsSettings()))
     publisher = Publisher(connection)
     await publisher.start()
-    log = EventLog(connection, publisher, producer=name)
+    log = EventLog(connection, publisher, producer=name, fence=subjects.fence(name))
+    beacon = Beacon(connection, name, on_lapse=log.look_for_fence)
     control = ControlFeed(connection, publisher)
     await control.start()
     setup = Setup(keys=((CLIENT_KEY, Role.CLIENT), (ADMIN_KEY, Role.ADMIN)), routes=routes)
@@ -221,6 +224,7 @@ async def ingress_up(
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings)
     server = HttpServer(app, settings, write_timeout_s=write_timeout_s)
+    await beacon.start()
     port = await server.start()
     try:
         yield IngressUnderTest(
@@ -233,6 +237,7 @@ async def ingress_up(
         )
     finally:
         await server.stop()
+        await beacon.stop()
         await fleet.stop()
         await control.stop()
         await publisher.stop()
@@ -286,7 +291,7 @@ async def gateway_up(
         made = Gateway(nats_url=nats_url, mock=mock, ingress=up, worker=running, route=served)
 
         async def on_page(msg: Message) -> None:
-            made.events.extend(msgspec.json.decode(line) for line in msg.data.split(b"\n"))
+            made.events.extend(msgspec.json.decode(line) for line in msg.data.split(b"\n") if line)
 
         await up.connection.listen("events.>", on_page)
         await eventually(lambda: up.fleet.offers(MODEL), what="the worker's presence")
