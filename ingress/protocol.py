@@ -22,6 +22,7 @@ from schemas.settings import IngressSettings
 
 CUT = "penstock.cut"  # in the scope's state: a function that ends the connection now, whatever has not been sent yet
 TASKS = "penstock.tasks"  # in the scope's state: the set of the tasks that the server's drain waits for
+LINGER_S = 1  # of a connection without a request, once the process stops
 WRITE_TIMEOUT_S = 60.0  # for 48 KiB of what is sent to a client to be read by it
 
 RESET = struct.pack("ii", 1, 0)  # linger for no time: close with a reset
@@ -49,7 +50,9 @@ class BoundedProtocol(HttpToolsProtocol):
     _raw_bytes = 0  # of what came while the header was not complete
     _in_header = True
     _deaf = False  # a running answer may end; what comes is not read any more
+    _leaving = False  # the process stops
     _header_timer: asyncio.TimerHandle | None = None
+    _linger_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -62,6 +65,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
         self._stop_write_timer()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -128,6 +133,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_header_timer()
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            if self._leaving:
+                self.cycle.keep_alive = False  # and so its answer says
+
+    def shutdown(self) -> None:
+        """The process stops. In place of uvicorn's, which closes what is idle: a request may be on its way there just then.
+
+        Instead the next answer tells its client to connect anew, and where none is asked for the connection stays for `LINGER_S`.
+        """
+        self._leaving = True
+        self.timeout_keep_alive = LINGER_S  # behind an answer whose headers have promised more
+        if not self._is_answering():
+            self._linger_timer = self.loop.call_later(LINGER_S, self._leave)
+        elif not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def _leave(self) -> None:
+        if not self._is_answering():
+            self.transport.close()
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
