@@ -74,7 +74,7 @@ class Beacon:
         lapse_s = time.monotonic() - self._said_at
         await self._say(IngressState.SERVING)
         if lapse_s > PRESENCE_EVERY_S + STOOD_STILL_S and self._on_lapse is not None:
-            log.warning("presence_lapsed", lapse_s=round(lapse_s, 1))
+            log.info("presence_lapsed", lapse_s=round(lapse_s, 1))
             await self._on_lapse()
 
     async def _say(self, state: IngressState) -> None:
@@ -161,7 +161,7 @@ class Roll:
             await asyncio.sleep(LOOK_EVERY_S)
             now = self._loop.time()
             if now - self._looked_at > LOOK_EVERY_S + STOOD_STILL_S:
-                log.warning("stood_still", for_s=round(now - self._looked_at, 1))
+                log.info("stood_still", for_s=round(now - self._looked_at, 1))
                 self._listening_since = now
             self._looked_at = now
             self._tidy(now)

@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from bus.connection import BusUnavailable, Connection, Message
+from bus.presence import STOOD_STILL_S
 from schemas import codec, subjects
 from schemas.ids import RouteId, WorkerId
 from schemas.jobs import (
@@ -241,11 +242,17 @@ class Fleet:
             self._known.setdefault(model, {})[route] = offer
 
     async def _sweep(self) -> None:
+        swept_at = self._loop.time()
         while True:
             await asyncio.sleep(SWEEP_EVERY_S)
+            now, before = self._loop.time(), swept_at
+            swept_at = now
             if not self._connection.is_up:
                 continue  # silence is ours, not theirs
-            now = self._loop.time()
+            if now - before > SWEEP_EVERY_S + STOOD_STILL_S:  # what was said meanwhile is still to be heard
+                log.info("stood_still", for_s=round(now - before, 1))
+                await self._on_reconnect()
+                continue
             for worker in [w for w, (_, at) in self._heard.items() if now - at > self._lost_after_s]:
                 self._forget(worker, reason="silent")
 

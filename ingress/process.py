@@ -136,8 +136,9 @@ async def run_ingress(
 async def _end_when_fenced(fenced: asyncio.Event, server: uvicorn.Server) -> None:
     """What runs here is closed in the books, and no success may be told any more: it ends now, and a new process begins anew."""
     await fenced.wait()
-    server.config.timeout_graceful_shutdown = 0
     server.should_exit = True
+    for task in list(server.server_state.tasks):
+        task.cancel()
 
 
 async def _last_words(server: uvicorn.Server) -> None:

@@ -103,6 +103,7 @@ class Reconciler:
         self._now = now
         self._now_ns = now_ns
         self._cases: dict[IngressId, Case] = {}
+        self._suspected: set[IngressId] = set()  # in the review before
 
     async def run(self) -> None:
         """Reviews for ever; what can't be done now is done by a later review."""
@@ -118,8 +119,10 @@ class Reconciler:
     async def review(self) -> None:
         """Fences off whoever is dead, and closes what is due. Raises: PenstockError."""
         leftovers = await self._opens.leftovers()
-        for left in leftovers:
-            if left.ingress not in self._cases and self._is_dead(left):
+        dead = [left for left in leftovers if left.ingress not in self._cases and self._is_dead(left)]
+        suspected, self._suspected = self._suspected, {left.ingress for left in dead}
+        for left in dead:
+            if left.ingress in suspected:  # and not only until the tables know what it said as it left
                 self._cases[left.ingress] = await self._begin(left)
         for ingress in self._cases.keys() - {left.ingress for left in leftovers}:
             del self._cases[ingress]

@@ -92,7 +92,7 @@ class Deployment:
 
     process: subprocess.Popen[bytes]
     folder: Path
-    expected: set[str] = field(default_factory=set)  # names of warnings and errors that a test provokes
+    expected: set[str] = field(default_factory=set)  # names of warnings and errors that a test provokes, or lines
 
     @property
     def ready_file(self) -> Path:
@@ -172,7 +172,7 @@ class Deployment:
         try:
             told = json.loads(line)
         except ValueError:
-            return line == NOT_JSON_BUT_MEANT
+            return line == NOT_JSON_BUT_MEANT or line in self.expected
         return told["level"] in ("debug", "info") or told["event"] in self.expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -83,6 +84,15 @@ async def test_silence_while_we_are_deaf_is_not(ears: Ears) -> None:
     for callback in ears.wall.reconnected:
         await callback()
     await asyncio.sleep(0)
+    assert ears.lost == []
+    await eventually(lambda: ears.lost == [WORKER])
+
+
+async def test_silence_while_this_process_stood_still_is_not(ears: Ears) -> None:
+    """It wakes, and everybody's beats are still in its socket: nobody is lost before they are read."""
+    await ears.hear(presence())
+    time.sleep(3.0)  # noqa: ASYNC251 - stopped, as by SIGSTOP
+    await asyncio.sleep(0.1)
     assert ears.lost == []
     await eventually(lambda: ears.lost == [WORKER])
 

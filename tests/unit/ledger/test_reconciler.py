@@ -179,6 +179,18 @@ async def test_one_that_was_only_frozen_finds_its_log_closed(world: World) -> No
     assert end.producer == "ledger"
 
 
+async def test_one_whose_last_words_the_tables_do_not_know_yet_is_left_in_peace(world: World) -> None:
+    """It said goodbye as its last event was on its way into the tables: that takes a moment."""
+    reconciler = world.reconciler()
+    world.log += [accepted(1), samples.finished(1)]
+    world.stored = 1
+    world.listening_since = float("-inf")
+    await reconciler.review()
+    world.store()
+    await pass_time(world, reconciler, 30)
+    assert INGRESS not in world.log
+
+
 async def test_one_that_took_its_leave_is_closed_without_patience(world: World) -> None:
     reconciler = world.reconciler()
     world.log.append(accepted(1))
@@ -211,6 +223,7 @@ async def test_what_cannot_be_written_now_is_written_later(world: World) -> None
     world.store()
     world.broken = True
     world.now += SILENCE_S
+    await reconciler.review()
     with pytest.raises(LogUnavailable):
         await reconciler.review()
     world.broken = False
