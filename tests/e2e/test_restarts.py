@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ async def test_no_client_notices_and_the_books_agree(pairs: Deployment, provider
     for role in ROLES:
         pid = pairs.pid(role)
         os.kill(pid, signal.SIGTERM)
-        await eventually(lambda role=role, pid=pid: pairs.pid(role) != pid, timeout_s=40, what=f"another {role}")
+        await eventually(lambda role=role, pid=pid: _serving(pairs, role) != pid, timeout_s=40, what=f"another {role}")
         await asyncio.sleep(BETWEEN_S)
     await load.end()
     measured("requests_over_restarts", len(load.heard))
@@ -86,3 +87,10 @@ async def test_no_client_notices_and_the_books_agree(pairs: Deployment, provider
     rows = await eventually(in_the_books, timeout_s=20, every_s=0.2, what="all requests in the ledger")
     assert len(rows) == len(ids)
     assert {row["completion_tokens"] for row in rows} == {WORDS}
+
+
+def _serving(up: Deployment, role: str) -> int:
+    """The pid of the role's process, which says that it serves. Raises: OSError, AssertionError before it does."""
+    told = json.loads((up.home / "run" / f"{role}.json").read_bytes())
+    assert told["pid"] == up.pid(role)
+    return int(told["pid"])
