@@ -122,9 +122,12 @@ class Neighbours:
 class FarReader:
     """As `ingress.reader.Reader`, of a transcript that another ingress has; *page* is its first piece."""
 
+    near = False
+
     def __init__(self, neighbours: Neighbours, ask: Ask, page: Page) -> None:
         self.gone = False
         self.told_status = False
+        self.untold = b""
         self.ended = page.ended
         self._neighbours = neighbours
         self._ask = ask

@@ -30,8 +30,10 @@ class Client(NamedTuple):
 class Source(Protocol):
     """What a client reads from."""
 
+    near: bool  # what is told is made in this process
     gone: bool  # the client has left
-    told_status: bool  # and had been told this
+    told_status: bool  # the client was
+    untold: bytes  # what was read and could not be sent yet
 
     @property
     def status(self) -> int: ...
@@ -61,13 +63,16 @@ async def follow(reader: Source, client: Client, *, headers: Iterable[tuple[byte
     """
     listener = asyncio.create_task(reader.listen(client.receive))
     try:
-        await _tell(reader, client.send, headers)
+        try:
+            await _tell(reader, client.send, headers)
+        except asyncio.CancelledError:
+            # The process stops and will wait no longer. An exchange here is told so, too, and has a last word for its readers.
+            _uncancel()
+            if not reader.near:
+                raise AnswerNotKept from None
+            await _tell(reader, client.send, headers)
     except AnswerNotKept:
         client.cut()
-    except asyncio.CancelledError:
-        # The process stops and will wait no longer. The exchange is told so, too, and has a last word for its readers.
-        _uncancel()
-        await _tell(reader, client.send, headers)
     finally:
         listener.cancel()
         reader.close()
@@ -80,8 +85,10 @@ async def _tell(reader: Source, send: Send, headers: Iterable[tuple[bytes, bytes
     if not reader.told_status:
         await send({"type": "http.response.start", "status": reader.status, "headers": [*reader.headers, *headers]})
         reader.told_status = True
-    while body := await reader.next():
+    while body := reader.untold or await reader.next():
+        reader.untold = body
         await send({"type": "http.response.body", "body": body, "more_body": True})
+        reader.untold = b""
     if not reader.gone:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -95,11 +102,14 @@ def _uncancel() -> None:
 class Reader:
     """One client that reads a transcript from event *after* + 1 on, at its own pace."""
 
+    near = True
+
     def __init__(self, transcript: Transcript, *, after: int) -> None:
         self.transcript = transcript
         self.after = after
         self.gone = False
         self.told_status = False
+        self.untold = b""
         self._pulses = transcript.pulses
         transcript.attach()
         if transcript.on_reader is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from schemas.ids import new_id
 from tests.e2e.asking import Heard, ask, read, row
 from tests.e2e.deployment import (
     CACHED_PICO,
@@ -87,6 +88,28 @@ async def test_a_cancelled_stream_is_billed_for_what_was_delivered(up: Deploymen
     (tried,) = await eventually(attempt)
     _is(tried, outcome="cancelled", code="client_left", upstream_model=UPSTREAM_MODEL, provider="openai", epoch=1)
     assert told["completion_tokens"] <= tried["tokens_sent"] <= seen["tokens_sent"]
+
+
+async def test_tries_with_one_idempotency_key_are_one_request_with_one_bill(up: Deployment, provider: Provider) -> None:
+    provider.script(tokens=5, pace_s=0.05)
+    key = {"Idempotency-Key": new_id()}
+    async with up.sdk() as client:
+        heard = await asyncio.gather(*(read(client, key["Idempotency-Key"], extra_headers=key) for _ in range(4)))
+        heard.append(await read(client, key["Idempotency-Key"], extra_headers=key))
+    assert len(set(heard)) == 1
+    assert len(provider.seen()) == 1
+    request_id = heard[0].request_id
+    told = await row(up, request_id)
+    _is(told, status="completed", completion_tokens=5)
+
+    def tries() -> list[dict[str, Any]]:
+        return up.sql("SELECT payload FROM events WHERE kind = 'request.replayed' AND request_id = ?", request_id)
+
+    await eventually(lambda: len(tries()) == 4)
+    (same,) = up.sql("SELECT * FROM requests WHERE prompt_hash = ?", told["prompt_hash"])
+    assert Decimal(same["cost_usd"]) == _cost(told) > 0
+    text = await asyncio.to_thread(up.command, "explain", request_id)
+    assert "told again after its end (idempotency_key), from the beginning" in str(text)
 
 
 async def test_a_cancelled_answer_costs_its_prompt(up: Deployment, provider: Provider) -> None:

@@ -126,6 +126,27 @@ async def test_when_the_drain_is_over_whoever_is_attached_is_told_so() -> None:
     assert (bench.log.finished.status, bench.log.finished.code) == ("failed", "stopping")
 
 
+async def test_what_a_slow_client_was_being_told_at_the_end_of_the_drain_is_not_left_out() -> None:
+    bench, client = Bench(), Client(STREAM_BODY)
+    task = await bench.serve(client, headers=KEYED)
+    job = await bench.job()
+    bench.start(job)
+    bench.say(job, 1, "a")
+    await eventually(lambda: b'"content":"a"' in client.body)
+    client.writable.clear()
+    bench.say(job, 2, "b")
+    await _turns()
+    for running in (*bench.tasks, task):
+        running.cancel()
+    await _turns()
+    client.writable.set()
+    await task
+    assert b'"content":"b"' in client.body
+    ids = [int(line[4:]) for line in client.body.split(b"\n") if line.startswith(b"id: ")]
+    assert ids == [1, 2, 3]
+    assert _code(client) == "stopping"
+
+
 class Gone:
     """Neighbours of whom none answers any more."""
 
