@@ -10,6 +10,7 @@ from typing import assert_never
 from bus.log import EventLog
 from ingress.attempt import Attempt
 from ingress.policy.routing import Leg, Plan
+from ingress.policy.trail import HEDGE_LOST
 from ingress.problems import CLIENT_LEFT_STATUS, problem_of
 from schemas.chat import ChatRequest
 from schemas.control import KeyStated
@@ -111,10 +112,9 @@ class Books:
         assert self._accepted is not None  # noqa: S101 - `open` comes first
         await self._log.durable(self._accepted, within_s=RECORD_WAIT_S)
 
-    def note_attempt(self, attempt: Attempt) -> None:
+    def note_attempt(self) -> None:
         """One more attempt has begun."""
         self._attempts += 1
-        self.note_present(attempt)
 
     def note_present(self, attempt: Attempt) -> None:
         """*attempt* is the one that counts from here on: what it used is what the client pays."""
@@ -147,7 +147,15 @@ class Books:
         attempt.note_chunks(frame, now=now)
 
     def note_lost(self, attempt: Attempt, error: PenstockError) -> None:
-        """*attempt* was given up. Its cost is ours, as far as it can be told here."""
+        """*attempt* came to nothing, and another goes on."""
+        self._note_loss(attempt, error.code, getattr(error, "status", None))
+
+    def note_outrun(self, attempt: Attempt) -> None:
+        """Another attempt spoke before *attempt*."""
+        self._note_loss(attempt, HEDGE_LOST, None)
+
+    def _note_loss(self, attempt: Attempt, code: str, status: int | None) -> None:
+        """The cost of *attempt* is ours, as far as it can be told here."""
         usage = self._usage_of(attempt) if attempt.started_at is not None else Usage()
         self._log.note(
             AttemptLost(
@@ -159,8 +167,8 @@ class Books:
                 producer=self._log.producer,
                 route=attempt.route,
                 worker=attempt.worker,
-                code=error.code,
-                upstream_status=getattr(error, "status", None),
+                code=code,
+                upstream_status=status,
                 usage=usage,
                 cost_pico=cost(usage, attempt.leg.price),
             )
@@ -241,7 +249,7 @@ class Books:
             ts_ns=time.time_ns(),
             org=self.principal.org,
             request_id=self.arrival.request_id,
-            epoch=self._attempts,
+            epoch=0 if attempt is None else attempt.epoch,
             producer=self._log.producer,
             key_id=self.principal.key_id,
             model=leg.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass
 from typing import assert_never
@@ -17,9 +18,10 @@ from bus.queue import JobQueue
 from ingress.answer import Answer
 from ingress.attempt import Attempt
 from ingress.books import Books, Broke, Done, Ending, Left
+from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
 from ingress.policy.routing import Leg
-from ingress.policy.trail import Trail
+from ingress.policy.trail import HEDGE_LOST, Trail
 from ingress.policy.waits import Waits
 from ingress.problems import fault_of, problem_of
 from ingress.relay import Switchboard, heard
@@ -53,6 +55,7 @@ class Services:
     timeouts: Timeouts
     keep_alive_comment_s: float
     neighbours: Neighbours | None = None  # who may have answers that clients ask for here; None: nobody
+    hedges: Hedges | None = None  # None: no second attempt while one runs
 
 
 class Exchange:
@@ -67,6 +70,7 @@ class Exchange:
         self._running: list[Attempt] = []  # one; two while they race
         self._gone: str | None = None  # why the client is there no more
         self._comment_at = 0.0
+        self._hedge_at = math.inf  # when a second attempt begins beside the first
         self._answer: Answer
         self._limit: asyncio.Timeout
 
@@ -105,21 +109,27 @@ class Exchange:
         for attempt in self._running:
             attempt.heard_at = now
         self._comment_at = now + self._s.keep_alive_comment_s
+        if self._s.hedges is not None and self.books.request.stream:  # else a first token isn't seen before the last
+            self._hedge_at = now + self._s.hedges.after_s(self._running[0].leg)
         while True:
             await heard([attempt.relay for attempt in self._running], self._wake_at())
             now = time.monotonic()
             for attempt in tuple(self._running):
                 if self._gone is not None:
                     return self._left(self._gone)
+                if attempt not in self._running:
+                    continue  # the other one has just won
                 ending = await self._look(attempt, now)
                 if ending is not None:
                     return ending
+            if now >= self._hedge_at:
+                await self._hedge()
             if now >= self._comment_at:  # timers may be a millisecond early
                 await self._answer.keep_alive()
                 self._comment_at = now + self._s.keep_alive_comment_s
 
     def _wake_at(self) -> float:
-        return min(self._comment_at, *(attempt.deadline for attempt in self._running))
+        return min(self._comment_at, self._hedge_at, *(attempt.deadline for attempt in self._running))
 
     async def _look(self, attempt: Attempt, now: float) -> Ending | None:
         """Takes what came of *attempt*, and goes on with another if it has failed. Raises: PenstockError if there is none."""
@@ -145,7 +155,9 @@ class Exchange:
         )
         self._running.append(attempt)
         self._trail.begin(leg)
-        self.books.note_attempt(attempt)
+        self.books.note_attempt()
+        if attempt is self._running[0]:
+            self.books.note_present(attempt)
         try:
             await attempt.publish()
         except PenstockError as error:
@@ -162,11 +174,33 @@ class Exchange:
             raise error
         self._trail.failed(attempt.leg, attempt.worker, error)
         self.books.tried = self._trail.told()
+        if self._running:  # the other one of a race goes on
+            self.books.note_lost(attempt, error)
+            self.books.note_present(self._running[0])
+            return
         leg = None if self._answer.delivered else self._trail.next()
         if leg is None:
             raise error
         self.books.note_lost(attempt, error)
         await self._begin(leg)
+
+    async def _hedge(self) -> None:
+        """A second attempt begins beside the one that says nothing, where there is a place for it."""
+        self._hedge_at = math.inf
+        hedges, (silent, *_) = self._s.hedges, self._running
+        leg = self._trail.beside(silent.leg)
+        if leg is not None and hedges is not None and hedges.take():
+            await self._begin(leg)
+
+    def _prefer(self, winner: Attempt) -> None:
+        """*winner* is the one that counts; another that runs beside it is stopped, at our cost."""
+        self._hedge_at = math.inf
+        for loser in [attempt for attempt in self._running if attempt is not winner]:
+            self._trail.outrun(loser.leg, loser.worker)
+            self.books.tried = self._trail.told()
+            self.books.note_outrun(loser)
+            self._drop(loser, HEDGE_LOST)
+        self.books.note_present(winner)
 
     def _drop(self, attempt: Attempt, reason: str) -> None:
         """*attempt* is over for us; what of it still runs is stopped."""
@@ -187,6 +221,7 @@ class Exchange:
                     self.books.note_chunks(attempt, frame, now=now)
                     if attempt.first_token_at is None:
                         raise ProviderNonsense("The provider finished without an answer.")
+                    self._prefer(attempt)
                     # What came along with the end goes out with it, behind the closing event.
                     return Done(_with_chunks(attempt.held, frame))
                 case Faulted():
@@ -208,6 +243,8 @@ class Exchange:
         """What *attempt* has said goes out, once it has said something. An answer in one piece waits for its end."""
         if attempt.first_token_at is None or not attempt.held or not self.books.request.stream:
             return
+        if not self._answer.delivered:
+            self._prefer(attempt)
         chunks, attempt.held = attempt.held, []
         await self._answer.deliver(chunks)
 
@@ -261,10 +298,15 @@ class Exchange:
             if attempt.relay.started_at > 0 and attempt.started_at is None:
                 # It began while we were still waiting for the log; nobody has taken the frame that says so.
                 self.books.note_started(attempt, at=attempt.relay.started_at)
+        began = [attempt for attempt in self._running if attempt.started_at is not None]
+        if began:
+            self._prefer(began[0])
         self._stop(reason)
         return Left(reason)
 
     def _stop(self, reason: str) -> None:
+        if self._running:
+            self._prefer(self._running[0])
         for attempt in tuple(self._running):
             self._drop(attempt, reason)
 

@@ -26,6 +26,7 @@ from ingress.books import RECORD_FAILURE_WAIT_S
 from ingress.bootstrap import Setup, state_setup
 from ingress.exchange import Services
 from ingress.fleet import Fleet
+from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
 from ingress.protocol import bounded_protocol
 from ingress.relay import Switchboard
@@ -83,15 +84,17 @@ async def run_ingress(
     await beacon.start()
     neighbours = Neighbours(connection, name)
     await neighbours.start()
+    router = Router(fleet, control, settings.routing)
     services = Services(
         ingress=name,
         log=event_log,
         queue=JobQueue(connection, publisher),
         switchboard=switchboard,
-        router=Router(fleet, control, settings.routing),
+        router=router,
         timeouts=settings.ingress.timeouts,
         keep_alive_comment_s=settings.ingress.keep_alive_comment_s,
         neighbours=neighbours,
+        hedges=Hedges(router, after_s=settings.ingress.hedge_after_s) if settings.ingress.hedge else None,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings.ingress)
     server = _Server(

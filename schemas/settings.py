@@ -81,6 +81,8 @@ class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     max_kept_bytes: int = 128 * MIB  # of answers that may be read again, in memory
     max_kept_answer_bytes: int = 8 * MIB  # of one of them
     max_kept_answers: int = 16384
+    hedge: bool = False  # a second attempt beside one that says nothing
+    hedge_after_s: float = 2.0  # of a route that has not answered often enough for its own figure
     timeouts: Timeouts = Timeouts()  # where neither the request nor its key nor the route says another
     timeouts_max: TimeoutsMax = TimeoutsMax()
 

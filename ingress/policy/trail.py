@@ -24,6 +24,7 @@ from schemas.errors import PenstockError, ProviderRejected, WorkerLost, WorkerYi
 from schemas.ids import WorkerId
 
 ATTEMPTS_MAX = 12  # of one request
+HEDGE_LOST = "hedge_lost"  # the code of an attempt that another one was faster than
 LOST_MAX = 3  # workers that one request may lose: it may be the request that brings them down
 TRIES_PER_LEG_MAX = 2  # with another worker each; a lost worker's are not counted
 
@@ -124,6 +125,10 @@ class Trail:
                 lost=isinstance(error, WorkerLost),
             )
         )
+
+    def outrun(self, leg: Leg, worker: WorkerId | None) -> None:
+        """Another attempt spoke before the one at *leg*."""
+        self.tries.append(Try(leg, worker, Reach.ROUTE, HEDGE_LOST, status=None, lost=False))
 
     def next(self) -> Leg | None:
         """Where the next attempt goes after the last one has failed; None if there shall be none."""

@@ -26,6 +26,7 @@ from ingress.app import build_app
 from ingress.bootstrap import Setup, state_setup
 from ingress.exchange import Services
 from ingress.fleet import LOST_AFTER_S, Fleet
+from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
 from ingress.protocol import WRITE_TIMEOUT_S, bounded_protocol
 from ingress.relay import Switchboard
@@ -212,15 +213,17 @@ async def ingress_up(
     await fleet.start()
     neighbours = Neighbours(connection, name)
     await neighbours.start()
+    router = Router(fleet, control, routing or RoutingSettings(), clock=clock)
     services = Services(
         ingress=name,
         log=log,
         queue=JobQueue(connection, publisher),
         switchboard=switchboard,
-        router=Router(fleet, control, routing or RoutingSettings(), clock=clock),
+        router=router,
         timeouts=settings.timeouts,
         keep_alive_comment_s=settings.keep_alive_comment_s,
         neighbours=neighbours,
+        hedges=Hedges(router, after_s=settings.hedge_after_s) if settings.hedge else None,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings)
     server = HttpServer(app, settings, write_timeout_s=write_timeout_s)
