@@ -153,9 +153,9 @@ async def test_a_second_attempt_that_nobody_has_begun_is_withdrawn(
     ingress = IngressSettings(hedge=True, hedge_after_s=AFTER_S, timeouts=timeouts())
     async with routes_up(nats_server.url, "first", "second", ingress=ingress, slots=1) as up:
         up.mock("second").script(tokens=500, pace_s=0.01)
-        up.mock("first").script(status=500)
-        async with Lines(session, up.chat_url, body("busy", stream=True)) as busy:
-            await busy.next()  # from the second: its only slot is taken
+        given = body("busy", stream=True, provider={"only": ["second"]})
+        async with Lines(session, up.chat_url, given) as busy:
+            await busy.next()  # its only slot is taken
             up.mock("first").script(delay_s=AFTER_S * 3)
             text, answer = await _text(session, up)
             assert text == "one two three"
