@@ -171,14 +171,14 @@ async def main() -> None:
     parser.add_argument("--fake-deaf", action="store_true", help="SIGTERM doesn't end it either")
     args, others = parser.parse_known_args()
     _log("flags", *others)
+    for line in args.fake_say:
+        _log(line)
     if args.fake_gate is not None and args.fake_gate.exists():
         sys.exit("the gate is shut")
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, (lambda: None) if args.fake_deaf else stop.set)
     if args.fake_child:
         await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD)
-    for line in args.fake_say:
-        _log(line)
     _log("x" * args.fake_flood)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stop.wait(), args.fake_start_s)

@@ -49,10 +49,14 @@ async def run_worker(
 
     Raises: SetupError.
     """
-    connection = await connect(nats_url, name=name)
+    opened = {route.id: make_provider(route, settings.worker) for route in routes}
+    try:
+        connection = await connect(nats_url, name=name)
+    except PenstockError:
+        await asyncio.gather(*(provider.aclose() for provider in opened.values()))
+        raise
     publisher = Publisher(connection)
     await publisher.start()
-    opened = {route.id: make_provider(route, settings.worker) for route in routes}
     named = [route for route in routes if route.models]
     worker = Worker(
         connection,

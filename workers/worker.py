@@ -266,7 +266,10 @@ class Worker:
         slots = route.provider.slots() if reason is None else None
         if slots is not None and slots != route.slots:
             route.resize(slots)
-        log.info("route_down" if reason else "route_up", route=route.id, reason=reason, slots=route.slots)
+        if reason is None:
+            log.info("route_up", route=route.id, slots=route.slots)
+        else:
+            log.info("route_down", route=route.id, reason=reason)
         route.down = reason
         if route.intake is not None:
             (route.intake.pause if reason else route.intake.resume)()

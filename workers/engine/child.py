@@ -52,13 +52,13 @@ class Child(asyncio.SubprocessProtocol):
         assert self._transport is not None  # noqa: S101 - it is there from the start
         return self._transport.get_pid()
 
-    async def stop(self) -> None:
+    async def stop(self, *, wait_s: float = STOP_WAIT_S) -> None:
         """SIGTERM first. What doesn't go in time is killed, and so is what the guard left behind, or its own end did."""
         if not self.exited.is_set():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_WAIT_S):
+                async with asyncio.timeout(wait_s):
                     await self.exited.wait()
         self.kill()
         await self.exited.wait()
@@ -68,9 +68,9 @@ class Child(asyncio.SubprocessProtocol):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    async def aclose(self) -> None:
+    async def aclose(self, *, wait_s: float = STOP_WAIT_S) -> None:
         """Stops it, hears the rest of its output, and gives the pipes back."""
-        await self.stop()
+        await self.stop(wait_s=wait_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_WAIT_S):
                 await self._silent.wait()

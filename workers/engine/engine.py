@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,14 +15,16 @@ from pathlib import Path
 
 import structlog
 
-from schemas.errors import ProviderUnreachable
-from workers.engine.child import Child
+from schemas.errors import ProviderUnreachable, SetupError
+from workers.engine.advice import advice, cause
+from workers.engine.child import STOP_WAIT_S, Child
 from workers.engine.log_file import LOG_MAX_BYTES, LogFile
 from workers.engine.phases import Phase, phase_after
 
 log = structlog.get_logger()
 
 HEALTH_EVERY_S = 0.1
+START_STOP_WAIT_S = 2.0  # one that isn't ready has nothing to finish, and hears no SIGTERM while it loads
 BACKOFF_MIN_S = 1.0
 BACKOFF_MAX_S = 60.0
 STEADY_AFTER_S = 120.0  # an engine that ran this long begins again with the shortest back-off
@@ -43,6 +46,7 @@ class EngineCommand:
     argv: tuple[str, ...]
     socket: Path
     log_file: Path
+    scratch: Path | None = None  # a folder that is removed in the end
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -130,6 +134,8 @@ class Engine:
             await asyncio.gather(self._runner, return_exceptions=True)
         self._settle(ProviderUnreachable(NOT_UP))
         self._command.socket.unlink(missing_ok=True)
+        if self._command.scratch is not None:
+            shutil.rmtree(self._command.scratch, ignore_errors=True)
 
     async def _keep_up(self) -> None:
         backoff_s = self._backoff_min_s
@@ -147,9 +153,19 @@ class Engine:
             if time.monotonic() - began > STEADY_AFTER_S:
                 backoff_s = self._backoff_min_s
             self._enter(Phase.FAILED)
-            self._tell(f"the engine stopped; it is started again in {backoff_s:g} s")
+            said = self._log.recent()
+            what_to_do = advice(said)
+            self._tell(f"the engine stopped; it is started again in {backoff_s:g} s" + _more(what_to_do))
             self._settle(ProviderUnreachable(NOT_UP))
-            log.warning("engine_stopped", engine=self._command.name, restart_in_s=backoff_s, tail=self._log.tail())
+            log.warning(
+                "engine_stopped",
+                engine=self._command.name,
+                restart_in_s=backoff_s,
+                advice=what_to_do,
+                cause=cause(said),
+                log_file=str(self._log.path),
+                tail=self._log.tail(),
+            )
             await asyncio.sleep(backoff_s)
             backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
 
@@ -172,13 +188,14 @@ class Engine:
             else:
                 log.warning("engine_start_too_slow", engine=self._command.name, limit_s=self._start_timeout_s)
         finally:
-            self._ready = False
+            was_ready, self._ready = self.phase is Phase.READY, False
             starting.cancel()
             ended.cancel()
-            await child.aclose()
+            await child.aclose(wait_s=STOP_WAIT_S if was_ready else START_STOP_WAIT_S)
             await asyncio.gather(starting, ended, return_exceptions=True)
 
     async def _spawn(self) -> Child:
+        self._log.begin()
         self._command.socket.unlink(missing_ok=True)  # a stale one can't be bound
         log.info("engine_started", engine=self._command.name, log_file=str(self._log.path))
         starting = asyncio.create_task(Child.start(self._command.argv, self._command.environ, self._hear))
@@ -216,19 +233,29 @@ class Engine:
                 waiting.set_result(None) if fault is None else waiting.set_exception(fault)
 
 
-def engine_files(name: str, run_folder: str | None) -> tuple[Path, Path]:
+def engine_files(name: str, run_folder: str | None) -> tuple[Path, Path, Path | None]:
     """Where the socket and the log of the engine *name* are: in *run_folder*, or in a new folder that is ours alone.
 
+    The third is what has to be removed in the end.
+
     A socket's path has a limit; where that of the run folder is over it, the socket is elsewhere and the log stays.
+    Raises: SetupError if the folder can't be made.
     """
     short = name if len(name) <= NAME_MAX_CHARS else hashlib.sha256(name.encode()).hexdigest()[:HASH_DIGITS]
     plain = re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"={ord(found[0]):x}", short)
-    folder = Path(run_folder) if run_folder is not None else _own_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    socket = folder.absolute() / f"{plain}.sock"
-    if len(os.fsencode(socket)) > SOCKET_PATH_MAX_BYTES:
-        socket = _own_folder() / "engine.sock"
-    return socket, folder.absolute() / f"{plain}.log"
+    if run_folder is None:
+        own = _own_folder()
+        return own / "engine.sock", own / f"{plain}.log", own
+    folder = Path(run_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SetupError(f"the run folder {folder} can't be made: {error.strerror}") from error
+    socket, log_file = folder.absolute() / f"{plain}.sock", folder.absolute() / f"{plain}.log"
+    if len(os.fsencode(socket)) <= SOCKET_PATH_MAX_BYTES:
+        return socket, log_file, None
+    own = _own_folder()
+    return own / "engine.sock", log_file, own
 
 
 def _own_folder() -> Path:
@@ -237,6 +264,10 @@ def _own_folder() -> Path:
 
 def _reason(phase: Phase) -> str:
     return f"the engine is {phase.value}"
+
+
+def _more(told: str | None) -> str:
+    return "" if told is None else f"; {told}"
 
 
 def _nobody(_: str | None) -> None:

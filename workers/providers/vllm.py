@@ -36,6 +36,7 @@ LOOK_EVERY_S = 5.0
 DOUBT_WAIT_S = (
     0.2  # a job that failed is not told of it before its engine was asked for its health, but no later than this
 )
+A_PATH_BEGINS = ("/", "./", "../", "~")
 SOCKETS_MAX = 1024  # where the engine itself says how much it has room for
 IDLE_LOOK_EVERY_S = 1.0
 DEFAULTS = (
@@ -103,9 +104,12 @@ class Vllm(OpenAI):
                 max_concurrency=route.max_concurrency,
                 settings=settings,
             )
-        socket, log_file = engine_files(route.id, settings.run_folder)
-        command = _serve_command(route, served, socket, log_file)
-        engine = Engine(command, healthy=_Health(socket), start_timeout_s=route.vllm.start_timeout_s)
+        if served.startswith(A_PATH_BEGINS) and not Path(served).is_dir():
+            raise SetupError(
+                f"route {route.id!r}: there is no folder {served}. A model is a folder or a Hugging Face name."
+            )
+        command = _serve_command(route, served, engine_files(route.id, settings.run_folder))
+        engine = Engine(command, healthy=_Health(command.socket), start_timeout_s=route.vllm.start_timeout_s)
         return cls(
             ENGINE_URL,
             route.models,
@@ -113,7 +117,7 @@ class Vllm(OpenAI):
             max_concurrency=route.max_concurrency,
             settings=settings,
             engine=engine,
-            socket=socket,
+            socket=command.socket,
             idle_unload_s=route.vllm.idle_unload_s,
             sequences_max=sequences_max(route),
         )
@@ -281,9 +285,10 @@ class _Health:
             return False
 
 
-def _serve_command(route: RouteSettings, served: str, socket: Path, log_file: Path) -> EngineCommand:
+def _serve_command(route: RouteSettings, served: str, files: tuple[Path, Path, Path | None]) -> EngineCommand:
     """`vllm serve`, with what a worker needs said first and the operator's flags last, where they win."""
     command = _vllm_command(route)
+    socket, log_file, scratch = files
     gpus = [gpu for gpu in (route.vllm.gpus or "").split(",") if gpu]
     parallel = ("--tensor-parallel-size", str(len(gpus))) if len(gpus) > 1 else ()
     return EngineCommand(
@@ -301,6 +306,7 @@ def _serve_command(route: RouteSettings, served: str, socket: Path, log_file: Pa
         ),
         socket=socket,
         log_file=log_file,
+        scratch=scratch,
         environ={
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",

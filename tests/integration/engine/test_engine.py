@@ -90,6 +90,17 @@ async def test_an_engine_that_never_comes_up_is_tried_again_ever_more_slowly(mak
     await rig.ready()
 
 
+async def test_an_end_that_can_be_mended_says_how(make: Make, tmp_path: Path) -> None:
+    """And only that life's end: what the one before said is no reason any more."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    rig = make("--fake-say", "torch.OutOfMemoryError: CUDA out of memory.", "--fake-gate", str(gate))
+    rig.start()
+    await eventually(lambda: any("doesn't fit" in (word or "") for word in rig.told), timeout_s=10, what="an advice")
+    gate.unlink()
+    await rig.ready()
+
+
 async def test_a_start_over_its_limit_is_ended_and_tried_again(make: Make) -> None:
     rig = make("--fake-stuck", "--fake-child", start_timeout_s=3.0)
     rig.start()
@@ -228,7 +239,8 @@ def test_an_engine_lives_on_the_loop_of_the_workers_too(tmp_path: Path) -> None:
         before = processes_of(socket_file)
         next(p for p in before if "guard.py" not in " ".join(p.cmdline())).kill()
         await eventually(lambda: not any(runs(process) for process in before), what="the end of all three")
-        assert "the engine stopped; it is started again in 0.05 s" in told
+        stopped = "the engine stopped; it is started again in 0.05 s"
+        await eventually(lambda: stopped in told, timeout_s=10, what="it is told")
         await eventually(lambda: engine.is_ready, timeout_s=10, what="it is ready again")
         await engine.unload()
         await engine.need()
@@ -239,23 +251,25 @@ def test_an_engine_lives_on_the_loop_of_the_workers_too(tmp_path: Path) -> None:
 
 
 def test_an_engines_files_are_in_the_folder_that_is_named(tmp_path: Path) -> None:
-    socket_file, log_file = engine_files("Qwen/Qwen3-0.6B", str(tmp_path / "run"))
+    socket_file, log_file, scratch = engine_files("Qwen/Qwen3-0.6B", str(tmp_path / "run"))
     assert socket_file == tmp_path / "run" / "Qwen=2fQwen3-0.6B.sock"
     assert log_file == socket_file.with_suffix(".log")
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+    assert scratch is None
 
 
 def test_engines_of_one_folder_never_share_a_file(tmp_path: Path) -> None:
     names = ("a/b", "a-b", "a=2fb", "m" * 200, "m" * 199 + "n")
-    found = [path for name in names for path in engine_files(name, str(tmp_path))]
+    found = [path for name in names for path in engine_files(name, str(tmp_path))[:2]]
     assert len(set(found)) == 2 * len(names)
 
 
 def test_a_socket_whose_path_would_be_too_long_is_elsewhere_and_can_be_bound(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100)
-    socket_file, log_file = engine_files("m", str(deep))
+    socket_file, log_file, scratch = engine_files("m", str(deep))
     assert log_file.parent == deep
     assert len(os.fsencode(socket_file)) <= SOCKET_PATH_MAX_BYTES
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(socket_file))
-    shutil.rmtree(socket_file.parent)
+    assert scratch == socket_file.parent
+    shutil.rmtree(scratch)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from bus.connection import Connection, connect
 from bus.log import EventLog
 from bus.publisher import Publisher
 from bus.server import EmbeddedServer
-from schemas.errors import Fault, ProviderFailed
+from schemas.errors import Fault, ProviderFailed, SetupError
 from schemas.frames import Finished, Started
 from schemas.ids import WorkerId
 from schemas.jobs import EngineStats
@@ -217,6 +218,7 @@ async def test_an_engine_of_its_own_serves_and_is_gone_when_it_is_closed(start: 
     assert provider.engine is not None
     assert provider.engine.pid is not None
     assert processes_of(provider.engine._command.socket) == []
+    assert not provider.engine._command.socket.parent.exists(), "nor a folder of it"
 
 
 async def test_a_crash_in_a_stream_is_a_fault_at_once_and_the_engine_comes_back(start: Start) -> None:
@@ -264,3 +266,26 @@ async def test_an_idle_engine_is_unloaded_and_the_first_job_loads_it(
     await provider.aclose()
     await link.close()
     assert processes_of(engine._command.socket) == []
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./none", "~/none"])
+def test_a_folder_that_is_not_there_is_told_at_once(model: str) -> None:
+    own = VllmSettings(command=(sys.executable,), model=model)
+    route = RouteSettings(id=ROUTE, provider="vllm", models=MODELS, vllm=own)
+    with pytest.raises(SetupError, match="there is no folder"):
+        Vllm.from_route(route, WorkerSettings())
+
+
+def test_a_machine_without_vllm_is_told_what_to_install() -> None:
+    own = VllmSettings(command=("no-such-vllm",), model="org/m")
+    route = RouteSettings(id=ROUTE, provider="vllm", models=MODELS, vllm=own)
+    with pytest.raises(SetupError, match=r"penstock\[vllm\]"):
+        Vllm.from_route(route, WorkerSettings())
+
+
+def test_a_run_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    own = VllmSettings(command=(sys.executable,), model="org/m")
+    route = RouteSettings(id=ROUTE, provider="vllm", models=MODELS, vllm=own)
+    with pytest.raises(SetupError, match="the run folder"):
+        Vllm.from_route(route, WorkerSettings(run_folder=str(tmp_path / "file" / "run")))
