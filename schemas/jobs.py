@@ -10,6 +10,7 @@ from msgspec import Raw, Struct
 from schemas.errors import Fault
 from schemas.ids import IngressId, KeyId, Nonce, OrgId, RequestId, RouteId, WorkerId
 from schemas.money import Price, Usage
+from schemas.standing import UNTOLD, Standing
 
 
 class Lane(StrEnum):
@@ -181,6 +182,8 @@ class RouteOffer(Struct, frozen=True, kw_only=True):
     engine: EngineStats | None = None  # where the model server tells
     own: bool | None = None  # it runs on the deployment's machines; None: an older worker, which doesn't tell
     parameters: tuple[str, ...] | None = None  # of a request that it is known to honour; None: not known
+    held: str | None = None  # why jobs wait in the queue for a short while: its limits are used up
+    standing: Standing = UNTOLD
 
 
 class WorkerState(StrEnum):

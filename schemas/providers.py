@@ -57,7 +57,8 @@ class RateLimitHeaders(Struct, frozen=True, kw_only=True):
 
 NO_HEADERS = RateLimitHeaders()
 
-# By the table's `rate_limits`. Where they were found: the pages on rate limits of Groq, Cerebras and Fireworks; clients of Mistral's.
+# By the table's `rate_limits`. Where they were found: the pages on rate limits of Anthropic, Groq, Cerebras and Fireworks;
+# clients of Mistral's.
 RATE_LIMITS = {
     "openai": RateLimitHeaders(
         requests_limit="x-ratelimit-limit-requests",
@@ -77,6 +78,14 @@ RATE_LIMITS = {
         tokens_limit="x-ratelimit-limit-tokens-minute",
         tokens_remaining="x-ratelimit-remaining-tokens-minute",
         tokens_reset="x-ratelimit-reset-tokens-minute",
+    ),
+    "anthropic": RateLimitHeaders(  # of its several counts of tokens, the one that is nearest to its end
+        requests_limit="anthropic-ratelimit-requests-limit",
+        requests_remaining="anthropic-ratelimit-requests-remaining",
+        requests_reset="anthropic-ratelimit-requests-reset",
+        tokens_limit="anthropic-ratelimit-tokens-limit",
+        tokens_remaining="anthropic-ratelimit-tokens-remaining",
+        tokens_reset="anthropic-ratelimit-tokens-reset",
     ),
     "fireworks": RateLimitHeaders(tokens_limit="x-ratelimit-limit-tokens-prompt"),
     "unknown": NO_HEADERS,
