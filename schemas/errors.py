@@ -262,6 +262,7 @@ class Fault(PenstockError):
         self.type = type_
         self.upstream_code = upstream_code
         self.retry_after_s = retry_after_s
+        self.tries = 1  # how often the provider was asked until this was final
 
 
 class ProviderRejected(Fault):

@@ -117,6 +117,7 @@ class AttemptFinished(Event, frozen=True, kw_only=True, tag="attempt.finished"):
     first_token_us: int | None = None  # from the worker's start of the attempt
     duration_us: int = 0
     finish_reason: str | None = None
+    tries: int = 1  # how often the provider was asked, with the same key or another
 
 
 class RequestFinished(Event, frozen=True, kw_only=True, tag="request.finished"):

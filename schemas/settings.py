@@ -101,6 +101,8 @@ class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     connect_timeout_s: float = 10.0
     first_byte_timeout_s: float = 300.0
     idle_timeout_s: float = 120.0
+    tries: int = 3  # of one attempt at a provider that answers 5xx or can't be reached
+    limit_wait_s: float = 5.0  # an attempt waits so long for a key or a limit that has no room
     max_kept_bytes: int = 8 * MIB  # frames of one attempt kept for a resend
     max_response_bytes: int = 64 * MIB  # a provider's answer without streaming
     max_event_bytes: int = 8 * MIB  # one event of a provider's stream
@@ -167,6 +169,9 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     api_keys: tuple[str, ...] = ()
     headers: dict[str, str] = {}  # sent with every request, beside the key
     max_concurrency: int | None = None  # attempts at once; None: what the provider says, else `SLOTS_DEFAULT`
+    requests_per_minute: int = 0  # that one worker sends; 0: no limit but what the provider tells
+    tokens_per_minute: int = 0  # of prompts and answers
+    first_token_max_s: float = 0.0  # streams that typically begin later take the route down; 0: never
     models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
@@ -409,6 +414,12 @@ def _check(settings: Settings, config: Path | None) -> None:
                 raise SetupError(f"{config}: route {route.id!r}: no header can be {header[0]!r} with that value")
         if not 0 < route.slots <= 100_000:
             raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")
+        if min(route.requests_per_minute, route.tokens_per_minute, route.first_token_max_s) < 0:
+            raise SetupError(f"{config}: route {route.id!r}: a limit can't be negative")
+        if route.provider in OWN and (route.requests_per_minute or route.tokens_per_minute or route.first_token_max_s):
+            raise SetupError(
+                f"{config}: route {route.id!r}: limits a minute are for providers; here there is max_concurrency"
+            )
     _check_routing(settings, config)
     for address in settings.worker.discover_addresses:
         host, _, port = address.rpartition(":")

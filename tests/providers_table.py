@@ -41,7 +41,7 @@ def _particular(known: KnownProvider) -> Iterator[str]:
     if known.key_header != "bearer":
         yield f"The key goes into `{known.key_header}`."
     if known.rate_limits != "unknown":
-        yield f"Rate-limit headers as {known_providers()[known.rate_limits].title} names them."
+        yield f"Rate-limit headers as {known_providers()[known.rate_limits].title.partition(',')[0]} names them."
     yield from known.notes
 
 

@@ -32,6 +32,7 @@ class Progress:
     usage: Usage | None = None
     finish_reason: str | None = None
     upstream_id: str | None = None
+    tries: int = 1  # how often the provider was asked
     entered: bool = False  # its task has begun to run: from here on cancelling it is heard
     stop: Cancelled | HandedBack | None = None  # why it is to stop, if it is
 
@@ -60,6 +61,7 @@ async def _outcome(job: Job, provider: Provider, report: Reporter, progress: Pro
         else:
             outcome = Completed(usage=progress.usage, finish_reason=progress.finish_reason)
     except Fault as fault:
+        progress.tries = fault.tries
         outcome = FailedOutcome(fault=fault)
     except asyncio.CancelledError:
         task = asyncio.current_task()
@@ -92,5 +94,6 @@ async def _relay(job: Job, provider: Provider, report: Reporter, progress: Progr
             progress.usage = chunk.usage or progress.usage
             progress.finish_reason = chunk.finish_reason or progress.finish_reason
             progress.upstream_id = chunk.upstream_id or progress.upstream_id
+            progress.tries = chunk.tries
             report.chunk(chunk, wait_us=wait_us)
             wait_us = 0

@@ -82,6 +82,7 @@ class Route:
         self.idle = asyncio.Event()
         self.idle.set()
         self.down: str | None = None  # why it takes no jobs at the moment
+        self.held: str | None = None  # why its jobs wait in the queue for a short while
 
     def take_slot(self) -> None:
         self.free -= 1
@@ -122,6 +123,8 @@ class Route:
             engine=self.provider.stats(),
             own=self.own,
             parameters=self.provider.parameters() if self.parameters is None else self.parameters,
+            held=self.held,
+            standing=self.provider.standing(),
         )
 
 
@@ -252,6 +255,7 @@ class Worker:
             pool=route.pool,
         )
         route.intake = intake
+        route.provider.throttle(lambda reason: self._hold(route, reason))
         route.provider.attach(lambda reason: self._tell(route, reason))
         try:
             await intake.start(route.names())
@@ -271,8 +275,18 @@ class Worker:
         else:
             log.info("route_down", route=route.id, reason=reason)
         route.down = reason
+        self._changed(route)
+
+    def _hold(self, route: Route, reason: str | None) -> None:
+        """The route's jobs are to wait in the queue, for *reason*, where another worker may take them; or needn't any more."""
+        if route.held != reason:
+            log.info("route_held" if reason else "route_released", route=route.id, reason=reason)
+            route.held = reason
+            self._changed(route)
+
+    def _changed(self, route: Route) -> None:
         if route.intake is not None:
-            (route.intake.pause if reason else route.intake.resume)()
+            (route.intake.pause if route.down or route.held else route.intake.resume)()
         task = asyncio.create_task(self.announce())
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
@@ -303,6 +317,10 @@ class Worker:
             return
         if self._orphans.is_one(job):
             await self._answer(msg, NAK_LATER)  # so it comes again if its ingress does, or expires
+            route.intake.returned(puller)
+            return
+        if not route.provider.admit(job):
+            await self._answer(msg, NAK_SOON)  # to another worker, or to this one when its limits allow
             route.intake.returned(puller)
             return
         route.take_slot()
@@ -380,6 +398,7 @@ class Worker:
             first_token_us=None if first is None else int((first - progress.began) * 1e6),
             duration_us=int((time.monotonic() - progress.began) * 1e6),
             finish_reason=progress.finish_reason,
+            tries=progress.tries,
         )
 
     async def _on_command(self, msg: Message) -> None:

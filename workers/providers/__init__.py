@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import msgspec
 
 from schemas.errors import SetupError
-from schemas.providers import KnownProvider, known_providers
-from schemas.settings import RouteSettings, WorkerSettings, known_provider
+from schemas.providers import NO_HEADERS, RATE_LIMITS, KnownProvider, known_providers
+from schemas.settings import OWN, RouteSettings, WorkerSettings, completed, known_provider
+from workers.providers.accounts import Accounts, Rules
 from workers.providers.base import Provider
 from workers.providers.echo import Echo
 from workers.providers.known import Known
@@ -22,12 +24,28 @@ _OWN: dict[str, Callable[[RouteSettings, WorkerSettings], Provider]] = {
 }
 
 
-def make_provider(route: RouteSettings, settings: WorkerSettings) -> Provider:
-    """The provider that *route* describes. It opens no connection before its first job.
+def make_provider(route: RouteSettings, settings: WorkerSettings, *, rules: Rules | None = None) -> Provider:
+    """The provider that *route* describes, with all of its keys; *rules* say how patient it is.
 
+    It opens no connection before its first job.
     Raises: SetupError if the route can't work as it is written.
     """
     settings = _patient(settings, route)
+    if route.provider in OWN:
+        return _with_one_key(route, settings)
+    known = known_provider(route)
+    headers = NO_HEADERS if known is None else known.rate_limit_headers
+    return Accounts(
+        route if known is None else completed(route, os.environ),
+        lambda single: _with_one_key(single, settings),
+        settings=settings,
+        headers=RATE_LIMITS["openai"] if headers == NO_HEADERS else headers,  # the names that most have, if any
+        rules=rules,
+    )
+
+
+def _with_one_key(route: RouteSettings, settings: WorkerSettings) -> Provider:
+    """Raises: SetupError."""
     known = known_provider(route)
     if known is not None:
         return Known.of(known, route, settings) if known.wire == "openai" else _own_wire(known, route, settings)

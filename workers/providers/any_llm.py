@@ -33,7 +33,7 @@ from schemas.jobs import Continues, Job, ModelFingerprint
 from schemas.providers import KnownProvider
 from schemas.settings import RouteSettings, WorkerSettings, completed
 from workers.providers.any_llm_bodies import Answers, honoured, question
-from workers.providers.base import Chunk, Provider, Tell
+from workers.providers.base import Chunk, Heard, Provider, Tell
 from workers.providers.openai import address, first_key
 from workers.providers.openai_chunks import ChunkReader
 from workers.providers.openai_faults import complaint_of, refusal, refusal_inside, retry_after_s
@@ -63,6 +63,7 @@ class OwnWire(Provider):
         self._upstream_names = {model.name: model.upstream_name for model in route.models}
         self._http: httpx.AsyncClient | None = None
         self._library: AnyLLM | None = None
+        self._heard: Heard = lambda _: None
         self._closed = False
 
     @classmethod
@@ -101,6 +102,9 @@ class OwnWire(Provider):
 
     def attach(self, tell: Tell) -> None:
         pass
+
+    def listen(self, heard: Heard) -> None:
+        self._heard = heard
 
     async def aclose(self) -> None:
         self._closed = True
@@ -143,7 +147,7 @@ class OwnWire(Provider):
         if self._closed:
             raise ProviderUnreachable("This provider was closed.")
         if self._library is None:
-            self._http = _http_client(self._route, self._settings)
+            self._http = _http_client(self._route, self._settings, self._heard)
             options: dict[str, Any] = (
                 {"http_client": self._http}
                 if self._wire == "anthropic"
@@ -218,17 +222,17 @@ async def _within(work: Awaitable[T], patience: Patience, *, opened: list[httpx.
         _opened.reset(token)
 
 
-async def _note(response: httpx.Response) -> None:
-    _opened.get().append(response)
+def _http_client(route: RouteSettings, settings: WorkerSettings, heard: Heard) -> httpx.AsyncClient:
+    async def note(response: httpx.Response) -> None:
+        _opened.get().append(response)
+        heard(response.headers)
 
-
-def _http_client(route: RouteSettings, settings: WorkerSettings) -> httpx.AsyncClient:
     most = route.slots
     return httpx.AsyncClient(
         headers={"Accept-Encoding": "identity", "User-Agent": "penstock", **route.headers},
         limits=httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=KEEP_ALIVE_S),
         timeout=httpx.Timeout(None, connect=settings.connect_timeout_s),
-        event_hooks={"response": [_note]},
+        event_hooks={"response": [note]},
         follow_redirects=False,
         trust_env=False,
     )

@@ -6,13 +6,14 @@ closing the iterator) must stop the work down to the provider's connection.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Protocol
 
 from msgspec import Struct
 
 from schemas.jobs import Continues, EngineStats, Job, ModelFingerprint
 from schemas.money import Usage
+from schemas.standing import UNTOLD, Standing
 
 
 class Chunk(Struct, frozen=True, gc=False):
@@ -32,9 +33,12 @@ class Chunk(Struct, frozen=True, gc=False):
     upstream_id: str | None = None
     token_ids: tuple[int, ...] = ()  # of the only choice, where the engine gives them
     prompt_token_ids: tuple[int, ...] = ()  # once, on the first chunk
+    tries: int = 1  # how often the provider was asked until this came
 
 
 Tell = Callable[[str | None], None]  # why the provider can't serve at the moment; None: it can
+Hold = Callable[[str | None], None]  # why jobs are to wait in the queue for a short while; None: they needn't
+Heard = Callable[[Mapping[str, str]], None]  # the headers of an answer, in the task that asked for it
 
 
 class Provider(Protocol):
@@ -90,6 +94,22 @@ class Provider(Protocol):
         It calls *tell* at each change of whether it can serve. Until it says otherwise, it can.
         """
         return
+
+    def throttle(self, hold: Hold) -> None:  # noqa: ARG002
+        """Called once, before the first job: the provider calls *hold* at each change of whether it has room for jobs."""
+        return
+
+    def admit(self, job: Job) -> bool:  # noqa: ARG002
+        """Whether *job* may begin now. One that may not goes back to the queue."""
+        return True
+
+    def listen(self, heard: Heard) -> None:  # noqa: ARG002
+        """From now on *heard* gets the headers of each answer that a server sends."""
+        return
+
+    def standing(self) -> Standing:
+        """Its keys, limits and health, as presence tells them."""
+        return UNTOLD
 
     async def aclose(self) -> None:
         return

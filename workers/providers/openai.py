@@ -18,7 +18,7 @@ from msgspec import Raw, Struct
 from schemas.errors import ProviderNonsense, ProviderRejected, SetupError
 from schemas.jobs import Continues, Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings, secret
-from workers.providers.base import Chunk, Provider, Tell
+from workers.providers.base import Chunk, Heard, Provider, Tell
 from workers.providers.openai_chunks import ChunkReader
 from workers.providers.openai_faults import complaint, refusal, refusal_inside, retry_after_s
 from workers.providers.patience import Patience
@@ -72,6 +72,7 @@ class OpenAI(Provider):
         """With *socket* the server is behind that Unix socket, and *base_url* only names it."""
         self._settings = settings or WorkerSettings()
         self._upstream_names = {model.name: model.upstream_name for model in models}
+        self._heard: Heard = lambda _: None
         sent = {"Content-Type": "application/json", **(headers or {})}
         if key is not None:
             sent |= self._key_headers(key)
@@ -132,6 +133,9 @@ class OpenAI(Provider):
     def attach(self, tell: Tell) -> None:
         """Whether it can serve shows with each request."""
 
+    def listen(self, heard: Heard) -> None:
+        self._heard = heard
+
     async def aclose(self) -> None:
         await self._upstream.aclose()
 
@@ -175,7 +179,9 @@ class OpenAI(Provider):
         yield chunk
 
     async def _ask(self, job: Job, patience: Patience) -> UpstreamAnswer:
-        return await self._upstream.ask("POST", "/chat/completions", body=self._body(job), patience=patience)
+        answer = await self._upstream.ask("POST", "/chat/completions", body=self._body(job), patience=patience)
+        self._heard(answer.headers)
+        return answer
 
     def _reader(self) -> ChunkReader:
         return ChunkReader()

@@ -146,6 +146,7 @@ async def test_a_failure_is_told_to_a_client_that_does_not_stream(
     await _check_unpaid(gateway, caught.value.request_id, status=status, stream=False)
     await gateway.quiet()
     mock.script()
+    await eventually(lambda: gateway.ingress.fleet.offers(MODEL), what="the route, where its key was refused")
     async with sdk(gateway.base_url) as client:
         answer = await client.chat.completions.create(model=MODEL, messages=MESSAGES)
     assert answer.choices[0].message.content == "one two three four five six"

@@ -32,7 +32,7 @@ class Wire:
                 **changes,
             }
         )
-        self.made.append(make_provider(route, settings or WorkerSettings()))
+        self.made.append(make_provider(route, settings or WorkerSettings(tries=1)))
         return self.made[-1]
 
 

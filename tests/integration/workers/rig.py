@@ -25,7 +25,7 @@ from schemas.ids import IngressId, Nonce, RouteId, WorkerId, new_name
 from schemas.jobs import Cancel, Command, Continues, EngineStats, Job, Lane, Presence
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
 from tests.factories import new_job
-from workers.providers.base import Chunk, Tell
+from workers.providers.base import Chunk, Provider, Tell
 from workers.worker import Route, Worker
 
 INGRESS = IngressId("ingress-test")
@@ -36,7 +36,7 @@ LAST = Chunk(members=b'{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}
 Behave = Callable[[Job], AsyncGenerator[Chunk, None]]
 
 
-class Fake:
+class Fake(Provider):
     """A provider that counts who is at it. *behave* says what it does with a job; by default it answers at once."""
 
     name = "fake"

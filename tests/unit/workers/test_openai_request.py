@@ -9,9 +9,10 @@ import pytest
 from schemas.errors import ProviderRejected, SetupError
 from schemas.ids import RouteId
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
+from schemas.standing import KeyState
 from tests.factories import make_job
 from workers.providers import make_provider
-from workers.providers.openai import OpenAI, rewritten
+from workers.providers.openai import rewritten
 
 
 def route(**changes: Any) -> RouteSettings:
@@ -63,7 +64,7 @@ def test_registry_names_the_known_providers_when_it_is_asked_for_another() -> No
 
 def test_registry_makes_a_provider_that_knows_the_upstream_names() -> None:
     provider = make_provider(route(), WorkerSettings())
-    assert isinstance(provider, OpenAI)
+    assert provider.name == "openai"
     assert [provider.upstream_model(name) for name in ("public", "other")] == ["theirs", "other"]
 
 
@@ -76,11 +77,12 @@ def test_an_address_that_is_none_is_a_setup_error(base_url: str) -> None:
         make_provider(route(base_url=base_url), WorkerSettings())
 
 
-def test_the_first_key_that_can_be_read_is_used(tmp_path: Path) -> None:
+def test_a_key_that_cannot_be_read_is_left_for_later_as_long_as_another_one_can(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sk-secret\n")
     keys = ("env:PENSTOCK_TEST_NO_SUCH_KEY", f"file:{tmp_path / 'key'}")
     provider = make_provider(route(api_keys=keys), WorkerSettings())
-    assert isinstance(provider, OpenAI)
+    states = [(key.label, key.state, key.reason) for key in provider.standing().keys]
+    assert states == [(keys[0], KeyState.DEAD, "can't be read"), (keys[1], KeyState.READY, None)]
 
 
 @pytest.mark.parametrize("content", [None, "", "sk-\x00secret", "sk-sécret", "two\nlines"])
