@@ -18,6 +18,7 @@ from schemas.admin import CreateKey, RotateKey
 from schemas.control import KeyStated, Role
 from schemas.errors import BadRequest, BodyTooLarge, NotFound, RequestTimeout
 from schemas.ids import EventId, KeyId, new_id
+from schemas.jobs import Presence, RouteOffer
 from schemas.money import MICRO_PER_DOLLAR, NO_CAP, PriceCap
 from schemas.refusals import refusal
 
@@ -111,10 +112,13 @@ class Admin:
                 "provider": offer.provider,
                 "models": [model.name for model in offer.models],
                 "worker": presence.worker,
-                "state": f"down: {offer.down}" if offer.down else presence.state.value,
+                "state": _state(presence, offer),
                 "slots": offer.slots,
                 "free": offer.free,
                 "engine": None if offer.engine is None else msgspec.structs.asdict(offer.engine),
+                "keys": offer.standing.keys,
+                "rates": offer.standing.rates,
+                "health": offer.standing.health,
             }
             for presence in self._fleet.workers()
             for offer in presence.routes
@@ -130,6 +134,9 @@ class Admin:
                 "slots": 0,
                 "free": 0,
                 "engine": None,
+                "keys": (),
+                "rates": None,
+                "health": None,
             }
             for route in self._control.state.routes.values()
             if route.route not in served and not route.removed
@@ -175,6 +182,12 @@ def _price(cap: PriceCap) -> dict[str, str | None]:
 def _per_million(micro: int | None) -> str | None:
     """Exact dollars."""
     return None if micro is None else f"{micro // MICRO_PER_DOLLAR}.{micro % MICRO_PER_DOLLAR:06d}"
+
+
+def _state(presence: Presence, offer: RouteOffer) -> str:
+    if offer.down is not None:
+        return f"down: {offer.down}"
+    return presence.state.value if offer.held is None else f"held: {offer.held}"
 
 
 def _by_route(row: dict[str, Any]) -> tuple[str, str]:

@@ -150,10 +150,16 @@ def routes(home: str | None) -> None:
     rows = call(home, "GET", "/admin/v1/routes")["data"]
     columns = ["route", "provider", "models", "worker", "state", "slots", "free"]
     cells = [
-        [*(", ".join(row["models"]) if c == "models" else row[c] for c in columns), _engine(row["engine"])]
+        [
+            *(", ".join(row["models"]) if c == "models" else row[c] for c in columns),
+            _engine(row["engine"]),
+            ", ".join(_key(key) for key in row["keys"]),
+            _rates(row["rates"]),
+            _health(row["health"]),
+        ]
         for row in rows
     ]
-    print_table([*columns, "engine"], cells)
+    print_table([*columns, "engine", "keys", "last minute", "health"], cells)
 
 
 @click.command(epilog="Example: penstock models")
@@ -174,6 +180,36 @@ def _engine(stats: dict[str, Any] | None) -> str | None:
     if stats["prefix_asked"]:
         told.append(f"{stats['prefix_found'] / stats['prefix_asked']:.0%} of prompts from cache")
     return ", ".join(told)
+
+
+def _key(key: dict[str, Any]) -> str:
+    """``env:A ready``, ``env:B cooling for 12 s``, ``file:/run/c dead: refused (HTTP 401)``."""
+    told = f"{key['label']} {key['state']}"
+    if key["state"] == "cooling":
+        told += f" for {key['for_s']:.0f} s"
+    elif key["state"] == "dead":
+        told += f": {key['reason']}"
+    left = [f"{key[f'{of}_left']} {of}" for of in ("requests", "tokens") if key[f"{of}_left"] is not None]
+    return f"{told} ({' and '.join(left)} left)" if left else told
+
+
+def _rates(rates: dict[str, Any] | None) -> str | None:
+    """``12 of 60 requests, 900 tokens``."""
+    if rates is None:
+        return None
+    told = []
+    for of in ("requests", "tokens"):
+        limit = rates[f"{of}_per_minute"]
+        told.append(f"{rates[of]} of {limit} {of}" if limit else f"{rates[of]} {of}")
+    return ", ".join(told)
+
+
+def _health(health: dict[str, Any] | None) -> str | None:
+    """``2% errors, 340 ms to the first token``."""
+    if health is None:
+        return None
+    first_ms = health["first_token_ms"]
+    return f"{health['error_rate']:.0%} errors" + ("" if first_ms is None else f", {first_ms} ms to the first token")
 
 
 def call(home: str | None, method: str, path: str, body: object = None) -> Any:

@@ -13,6 +13,7 @@ from schemas.ids import KeyId, OrgId, RouteId, WorkerId
 from schemas.jobs import EngineStats, TimeLimits
 from schemas.money import PriceCap
 from schemas.routing import MaxPrice, Name
+from schemas.standing import Health, KeyStanding, Rates
 
 DEFAULT_ORG = OrgId("default")
 NAME_MAX_CHARS = 200
@@ -116,6 +117,9 @@ class ServedRoute(Struct, frozen=True, kw_only=True):
     slots: int
     free: int
     engine: EngineStats | None  # what the model server says of itself, where it does
+    keys: tuple[KeyStanding, ...] = ()  # the provider's, never themselves
+    rates: Rates | None = None  # where the route states limits
+    health: Health | None = None
 
 
 class RouteList(Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ class KeyState(StrEnum):
     DEAD = "dead"  # the provider refused it, or it can't be read
 
 
-class KeyStanding(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class KeyStanding(Struct, frozen=True, kw_only=True):
     """One of a route's keys. What is left is as the provider's headers told it last, less what was sent since."""
 
     label: str
@@ -28,7 +28,7 @@ class KeyStanding(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_left: int | None = None
 
 
-class Rates(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Rates(Struct, frozen=True, kw_only=True):
     """What the last minute took of the limits that the route states; 0 is no limit."""
 
     requests: int = 0
@@ -37,7 +37,7 @@ class Rates(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_per_minute: int = 0
 
 
-class Health(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Health(Struct, frozen=True, kw_only=True):
     """What the provider's last answers were like."""
 
     error_rate: float = 0.0  # of the tries of the last minutes, recent ones counting more

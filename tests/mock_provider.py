@@ -90,6 +90,36 @@ class Seen(Struct, kw_only=True):
     finished_s: float | None = None  # the answer was complete
     gone_s: float | None = None  # the client closed before that
 
+    @property
+    def key(self) -> str:
+        return self.headers.get("authorization", "").removeprefix("Bearer ")
+
+
+class Quota:
+    """So many requests of a key in each window of so many seconds, which begins with the first; told in OpenAI's headers."""
+
+    def __init__(self, requests: int, window_s: float) -> None:
+        self._requests = requests
+        self._window_s = window_s
+        self._began = 0.0
+        self._taken = 0
+        self.refused = 0
+
+    def take(self) -> dict[str, str] | None:
+        """The headers of the answer; None if there is to be none but a 429."""
+        now = time.monotonic()
+        if now - self._began >= self._window_s:
+            self._began, self._taken = now, 0
+        if self._taken >= self._requests:
+            self.refused += 1
+            return None
+        self._taken += 1
+        return {
+            "x-ratelimit-limit-requests": str(self._requests),
+            "x-ratelimit-remaining-requests": str(self._requests - self._taken),
+            "x-ratelimit-reset-requests": f"{round(1000 * (self._began + self._window_s - now))}ms",
+        }
+
 
 class MockProvider:
     def __init__(self, *, port: int = 0, script: Script | None = None) -> None:
@@ -99,6 +129,9 @@ class MockProvider:
         self.models = ["mock-model"]
         self._port = port
         self._script = script or Script()
+        self._by_key: dict[str, Script] = {}
+        self._next: deque[Script] = deque()
+        self.quotas: dict[str, Quota] = {}  # by key
         self._server: asyncio.Server | None = None
         self._live: set[_Connection] = set()
 
@@ -122,6 +155,14 @@ class MockProvider:
         """How requests without a script of their own are answered from now on; what isn't named is as by default."""
         self._script = Script(**changes)
 
+    def script_key(self, key: str, **changes: Any) -> None:
+        """The same for requests that show *key*."""
+        self._by_key[key] = Script(**changes)
+
+    def script_next(self, *changes: dict[str, Any]) -> None:
+        """How the next requests are answered, one after the other, before what else is said."""
+        self._next.extend(Script(**each) for each in changes)
+
     def forget(self) -> None:
         self.seen.clear()
 
@@ -134,9 +175,13 @@ class MockProvider:
     def tokens_sent(self) -> int:
         return sum(seen.tokens_sent for seen in self.seen)
 
-    def script_for(self, body: Any) -> Script:
+    def script_for(self, body: Any, key: str) -> Script:
+        said = self._next.popleft() if self._next else self._by_key.get(key, self._script)
+        if (quota := self.quotas.get(key)) is not None and said.status == 200:
+            headers = quota.take()
+            said = Script(status=429) if headers is None else msgspec.structs.replace(said, headers=headers)
         own = body.get("mock") if isinstance(body, dict) else None
-        return msgspec.convert({**msgspec.to_builtins(self._script), **own}, Script) if own else self._script
+        return msgspec.convert({**msgspec.to_builtins(said), **own}, Script) if own else said
 
     def report(self) -> bytes:
         return msgspec.json.encode(
@@ -273,7 +318,7 @@ class _Connection(asyncio.Protocol):
         if not isinstance(body, dict):
             self._answer(400, b'{"error":{"message":"not JSON","type":"invalid_request_error"}}')
             return
-        script = self._mock.script_for(body)
+        script = self._mock.script_for(body, seen.key)
         if script.delay_s:
             await asyncio.sleep(script.delay_s)
         if script.reset:

@@ -38,7 +38,7 @@ from workers.providers.retries import Tries, Verdict, dead_reason, is_unwell, ve
 log = structlog.get_logger()
 
 HOLD_FROM_S = 0.5  # a shorter wait for a limit is waited here
-DOWN_FROM_S = 60.0  # a longer one is not for jobs in the queue to wait
+DOWN_FROM_S = 90.0  # a longer one is not for jobs in the queue to wait
 REST_MIN_S = 0.5  # with less time left nothing is tried again
 TRIFLE_S = 0.01  # of a job's time-outs
 LOOK_EVERY_S = 1.0  # while waiting: a key may have come back
@@ -135,6 +135,9 @@ class Accounts(Provider):
 
     def fingerprint(self, model: str) -> ModelFingerprint | None:
         return self._first.fingerprint(model)
+
+    def parameters(self) -> tuple[str, ...] | None:
+        return self._first.parameters()
 
     def slots(self) -> int | None:
         return self._first.slots()
