@@ -268,6 +268,8 @@ class Accounts(Provider):
                 log.warning("provider_key_died", route=self._route, key=key.label, reason=key.dead)
         elif found is Verdict.COOL:
             self._ring.limit(now, key, fault.retry_after_s)
+            if fault.retry_after_s is None:  # for the client, if this was the last try
+                fault.retry_after_s = round(key.cools_until - now, 2)
             log.info("provider_key_limited", route=self._route, key=key.label, for_s=round(key.cools_until - now, 1))
         elif is_unwell(
             fault, waited_s=now - heard.sent_at, patience_s=min(TIMEOUT_COUNTS_S, self._settings.first_byte_timeout_s)

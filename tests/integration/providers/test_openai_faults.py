@@ -104,12 +104,16 @@ async def test_a_providers_words_about_our_account_are_not_passed_on(ask: Ask, s
 
 
 @pytest.mark.parametrize(
-    ("headers", "seconds"), [({"retry-after": "7"}, 7.0), ({"retry-after-ms": "2500"}, 2.5), ({}, 1.0)]
+    ("headers", "least", "most"),
+    [({"retry-after": "7"}, 6.8, 7.0), ({"retry-after-ms": "2500"}, 2.3, 2.5), ({}, 0.1, 3.0)],
 )
-async def test_a_rate_limit_says_when_to_come_again(ask: Ask, headers: dict[str, str], seconds: float) -> None:
-    """Without the provider's word it is when the key is used again, which is at random by a quarter."""
+async def test_a_rate_limit_says_when_to_come_again(
+    ask: Ask, headers: dict[str, str], least: float, most: float
+) -> None:
+    """Without the provider's word it is when the key is used again."""
     fault = await fault_of(ask(status=429, headers=headers))
-    assert fault.retry_after_s == pytest.approx(seconds, rel=0.01 if headers else 0.3, abs=0.1)
+    assert fault.retry_after_s is not None
+    assert least <= fault.retry_after_s <= most
 
 
 @pytest.mark.parametrize("stream", [True, False])
