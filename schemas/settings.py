@@ -170,14 +170,13 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     headers: dict[str, str] = {}  # sent with every request, beside the key
     max_concurrency: int | None = None  # attempts at once; None: what the provider says, else `SLOTS_DEFAULT`
     requests_per_minute: int = 0  # that one worker sends; 0: no limit but what the provider tells
-    tokens_per_minute: int = 0  # of prompts and answers
+    tokens_per_minute: int = 0  # the same for tokens of prompts and answers; also for the strategy `usage_based`
     first_token_max_s: float = 0.0  # streams that typically begin later take the route down; 0: never
     models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has
     tokens_per_s: float = 0.0  # echo: its pace for each stream; 0 is as fast as it can
     delay_ms: float = 0.0  # echo: before its first token
     own: bool | None = None  # it runs on machines of ours; None: vllm, echo, and what is on this machine
     weight: int = 1  # its part of what the strategy `weighted` spreads
-    tokens_per_minute: int = 0  # what the account may use, for the strategy `usage_based`; 0: not known
     parameters: tuple[str, ...] | None = None  # of a request that it honours, for `require_parameters`; None: not known
     vllm: VllmSettings = VllmSettings()
     timeouts: TimeLimits = TimeLimits()
@@ -409,22 +408,27 @@ def _check(settings: Settings, config: Path | None) -> None:
     for doubled in {i for i in ids if ids.count(i) > 1}:
         raise SetupError(f"{config}: two routes have the id {doubled!r}")
     for route in settings.routes:
-        for header in route.headers.items():
-            if not all(text.isascii() and text.isprintable() for text in header) or not header[0]:
-                raise SetupError(f"{config}: route {route.id!r}: no header can be {header[0]!r} with that value")
-        if not 0 < route.slots <= 100_000:
-            raise SetupError(f"{config}: route {route.id!r}: max_concurrency must be 1 to 100000")
-        if min(route.requests_per_minute, route.tokens_per_minute, route.first_token_max_s) < 0:
-            raise SetupError(f"{config}: route {route.id!r}: a limit can't be negative")
-        if route.provider in OWN and (route.requests_per_minute or route.tokens_per_minute or route.first_token_max_s):
-            raise SetupError(
-                f"{config}: route {route.id!r}: limits a minute are for providers; here there is max_concurrency"
-            )
+        _check_route(route, config)
     _check_routing(settings, config)
     for address in settings.worker.discover_addresses:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise SetupError(f"{config}: discover_addresses: {address!r} is no host:port")
+
+
+def _check_route(route: RouteSettings, config: Path | None) -> None:
+    where = f"{config}: route {route.id!r}"
+    for header in route.headers.items():
+        if not all(text.isascii() and text.isprintable() for text in header) or not header[0]:
+            raise SetupError(f"{where}: no header can be {header[0]!r} with that value")
+    if not 0 < route.slots <= 100_000:
+        raise SetupError(f"{where}: max_concurrency must be 1 to 100000")
+    if min(route.requests_per_minute, route.tokens_per_minute, route.first_token_max_s) < 0:
+        raise SetupError(f"{where}: a limit can't be negative")
+    if route.provider in OWN and (route.requests_per_minute or route.first_token_max_s):
+        raise SetupError(
+            f"{where}: requests_per_minute and first_token_max_s are for providers, not for what runs here"
+        )
 
 
 def _check_routing(settings: Settings, config: Path | None) -> None:

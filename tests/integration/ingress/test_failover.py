@@ -32,7 +32,7 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(40)
 
-HASTY = WorkerSettings(drain_s=0.2, first_byte_timeout_s=0.3, idle_timeout_s=0.3)
+HASTY = WorkerSettings(drain_s=0.2, first_byte_timeout_s=0.3, idle_timeout_s=0.3, tries=1)
 REJECTED = {
     "message": "too long",
     "type": "invalid_request_error",
@@ -257,7 +257,7 @@ async def test_another_worker_of_the_same_route_has_it_after_the_first_one_faile
     """Whoever failed is not asked again, though it has free slots: the job says so, and it leaves it to the other."""
     up = await open_routes("only", worker=HASTY)
     place = up.places["only"]
-    async with worker_up(nats_server.url, place.settings) as (other, _):
+    async with worker_up(nats_server.url, place.settings, settings=HASTY) as (other, _):
         await eventually(lambda: len(up.ingress.fleet.servers("only", MODEL)) == 2)  # type: ignore[arg-type]
         for number in range(8):
             place.mock.forget()

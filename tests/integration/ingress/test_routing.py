@@ -18,7 +18,7 @@ import pytest
 from bus.server import EmbeddedServer
 from schemas.money import Price
 from schemas.routing import Block
-from schemas.settings import ModelSettings, RoutingSettings
+from schemas.settings import ModelSettings, RoutingSettings, WorkerSettings
 from tests.integration.ingress.gateway import ADMIN_KEY, CLIENT_KEY, MODEL, UPSTREAM_MODEL, bearer, sdk
 from tests.integration.ingress.routes import Routes, routes_up
 from tests.waiting import eventually
@@ -258,7 +258,9 @@ class Clock:
 async def test_a_place_that_fails_is_left_alone_until_one_probe_is_answered(open_routes: OpenRoutes) -> None:
     """Twenty requests at a time: while it cools down none goes there, and when its time is over just one."""
     clock = Clock()
-    up = await open_routes("first", "second", routing={"cooldown_s": 100.0, "cooldown_max_s": 400.0}, clock=clock)
+    cooldown = {"cooldown_s": 100.0, "cooldown_max_s": 400.0}
+    once = WorkerSettings(drain_s=0.2, tries=1)
+    up = await open_routes("first", "second", routing=cooldown, worker=once, clock=clock)
     first = up.mock("first")
 
     async def twenty() -> Counter[str]:
