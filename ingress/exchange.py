@@ -168,7 +168,8 @@ class Exchange:
 
         What has reached the client can't be taken back: from then on only a continuation could help.
         """
-        attempt.trip.failed(error)
+        if not self._waits.impatient(error, self._s.router.timeouts(attempt.leg)):
+            attempt.trip.failed(error)
         self._drop(attempt, error.code)
         if self._gone is not None:
             raise error

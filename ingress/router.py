@@ -128,7 +128,7 @@ class Router:
         lower = _lower(names)
         for i, name in enumerate(lower or ()):
             if name not in self._names:
-                here = sorted({str(route) for route in self._stated} | self._fleet.names())
+                here = sorted(self._here())
                 shown = ", ".join(here[:NAMES_SHOWN]) + (", …" if len(here) > NAMES_SHOWN else "")
                 param = f"provider.{member}[{i}]"
                 raise BadRequest(
@@ -194,9 +194,13 @@ class Router:
     def _forget(self) -> None:
         self._served.clear()
         self._version = self._fleet.version
-        stated = [name for route in self._stated.values() for name in (route.route, route.provider)]
-        names = {*self._fleet.names(), *stated, *known_providers(), *OWN_PROVIDERS, OWN}
+        names = {*self._here(), *known_providers(), *OWN_PROVIDERS, OWN}
         self._names = frozenset(name.lower() for name in names)
+
+    def _here(self) -> set[str]:
+        """The names of the routes that there are or were, and of their providers."""
+        stated = [name for route in self._stated.values() for name in (route.route, route.provider)]
+        return self._fleet.names() | set(stated)
 
 
 def _is_free(key: KeyStated) -> bool:

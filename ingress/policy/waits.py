@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from schemas.errors import BadRequest
+from schemas.errors import BadRequest, FirstTokenTimeout, IdleTimeout, PenstockError, ProviderTimeout, QueueTimeout
 from schemas.jobs import TimeLimits, Timeouts
 
 HEADER = b"x-penstock-timeout-"
@@ -20,6 +20,13 @@ ASKED_MIN_S = 0.001
 _SECONDS = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 NOT_SAID = TimeLimits()
+
+_WAITED_FOR: dict[type[PenstockError], tuple[str, ...]] = {
+    QueueTimeout: ("queue_s",),
+    FirstTokenTimeout: ("first_token_s",),
+    IdleTimeout: ("idle_s",),
+    ProviderTimeout: ("first_token_s", "idle_s", "total_s"),  # the worker holds its provider to the job's
+}
 
 
 def asked(headers: list[tuple[bytes, bytes]]) -> TimeLimits:
@@ -74,6 +81,16 @@ class Waits:
     def total_s(self) -> float:
         """Of the request, over all of its attempts: no route has a say in it."""
         return self._one("total_s", NOT_SAID)
+
+    def impatient(self, error: PenstockError, route: TimeLimits = NOT_SAID) -> bool:
+        """Whether *error* is a time-out that the key or the request made shorter: then it says nothing of the route."""
+        names = next((names for cls, names in _WAITED_FOR.items() if isinstance(error, cls)), ())
+        return any(self._one(name, route) < self._patient(name, route) for name in names)
+
+    def _patient(self, name: str, route: TimeLimits) -> float:
+        at_route: float | None = getattr(route, name)
+        default: float = getattr(self.default, name)
+        return default if at_route is None else at_route
 
     def _one(self, name: str, route: TimeLimits) -> float:
         default: float = getattr(self.default, name)

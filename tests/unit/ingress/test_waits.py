@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingress.policy.waits import NOT_SAID, Waits, asked
-from schemas.errors import BadRequest
+from schemas.errors import (
+    BadRequest,
+    FirstTokenTimeout,
+    IdleTimeout,
+    PenstockError,
+    ProviderFailed,
+    ProviderTimeout,
+    QueueTimeout,
+)
 from schemas.jobs import TimeLimits, Timeouts
 
 DEFAULT = Timeouts(queue_s=60, first_token_s=300, idle_s=120, total_s=3600)
@@ -89,3 +97,25 @@ def test_no_value_breaks_it(value: bytes) -> None:
         return
     assert found.total_s is not None
     assert found.total_s > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "own", "impatient"),
+    [
+        (QueueTimeout(), TimeLimits(queue_s=59), True),
+        (QueueTimeout(), TimeLimits(queue_s=60), False),
+        (QueueTimeout(), TimeLimits(idle_s=1), False),
+        (FirstTokenTimeout(), TimeLimits(first_token_s=1), True),
+        (IdleTimeout(), TimeLimits(idle_s=29), True),
+        (IdleTimeout(), TimeLimits(idle_s=30), False),
+        (ProviderTimeout(), TimeLimits(first_token_s=1), True),
+        (ProviderTimeout(), TimeLimits(queue_s=1), False),
+        (ProviderFailed(), TimeLimits(queue_s=1, first_token_s=1, idle_s=1, total_s=1), False),
+    ],
+)
+def test_a_time_out_that_was_made_shorter_says_nothing_of_the_route(
+    error: PenstockError, own: TimeLimits, impatient: bool
+) -> None:
+    """The route itself says 30 s between tokens."""
+    assert waits(own=own).impatient(error, TimeLimits(idle_s=30)) is impatient
+    assert waits(key=own).impatient(error, TimeLimits(idle_s=30)) is impatient
