@@ -140,8 +140,9 @@ class Deployment:
 
     def command(self, *arguments: str) -> str:
         """What `penstock ARGUMENTS` prints for this home."""
+        at = 1 if arguments[0] == "keys" else len(arguments)  # a group has it before its command
         ran = subprocess.run(
-            [sys.executable, "-m", "penstock", *arguments, "--home", str(self.home)],
+            [sys.executable, "-m", "penstock", *arguments[:at], "--home", str(self.home), *arguments[at:]],
             cwd=ROOT,
             env=_environment(),
             capture_output=True,
@@ -177,11 +178,17 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def penstock_up(folder: Path, provider: Provider, *, settings: dict[str, str] | None = None) -> Iterator[Deployment]:
-    """Yields once it is ready. It dies with the test, whatever becomes of that. *settings* are ``PENSTOCK_*``."""
+def penstock_up(
+    folder: Path, provider: Provider, *, settings: dict[str, str] | None = None, config_more: str = ""
+) -> Iterator[Deployment]:
+    """Yields once it is ready. It dies with the test, whatever becomes of that.
+
+    *settings* are ``PENSTOCK_*``; *config_more* comes behind the configuration.
+    """
     config = folder / "penstock.toml"
     config.write_text(
-        CONFIG.format(base_url=provider.base_url, slots=SLOTS, model=MODEL, upstream=UPSTREAM_MODEL), encoding="utf-8"
+        CONFIG.format(base_url=provider.base_url, slots=SLOTS, model=MODEL, upstream=UPSTREAM_MODEL) + config_more,
+        encoding="utf-8",
     )
     made = Deployment(process=None, folder=folder)  # type: ignore[arg-type]  # started in the next lines
     command = [sys.executable, "-m", "penstock", "up", "--port", "0", "--home", str(made.home)]

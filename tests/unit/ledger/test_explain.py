@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ledger.explain import as_json, clock, tell, words
-from schemas.ids import RequestId
+from schemas.events import LeftOutLeg
+from schemas.ids import RequestId, RouteId
 from schemas.money import UNKNOWN, Price, Usage
 from schemas.upcasters import UnknownEvent
 from tests.unit.ledger import samples
@@ -25,6 +26,23 @@ def test_a_request_that_went_well_is_told_in_order() -> None:
     assert "after 2.0 ms in the queue" in life.moments[1].text
     assert "reported 20 prompt + 10 completion tokens (4 cached); first token after 5.0 ms" in life.moments[2].text
     assert "1 attempt; first token after 7.5 ms; took 45.0 ms; finish reason stop" in life.moments[3].text
+
+
+def test_a_plan_is_told_with_its_reasons_and_what_was_left_out() -> None:
+    event = samples.accepted(
+        models=("m", "n"),
+        reasons=("own, free", ""),
+        left_out=(
+            LeftOutLeg(route=RouteId("r3"), model="m", why="over provider.max_price"),
+            LeftOutLeg(route=RouteId("r4"), model="n", why="in provider.ignore"),
+            LeftOutLeg(route=RouteId(""), model="x", why="no such model here"),
+        ),
+    )
+    (moment,) = tell(ID, [event]).moments
+    assert "plan r1 (own, free) → r2 as n; " in moment.text
+    assert moment.text.endswith(
+        "; left out: r3 (over provider.max_price), r4 as n (in provider.ignore), all routes as x (no such model here)"
+    )
 
 
 def test_a_cause_comes_before_its_effect_whatever_the_clocks_say() -> None:

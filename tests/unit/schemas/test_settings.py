@@ -8,11 +8,13 @@ from schemas.errors import SetupError
 from schemas.ids import RouteId
 from schemas.jobs import Timeouts
 from schemas.money import FREE, UNKNOWN, Price
+from schemas.routing import Block, items_of
 from schemas.settings import (
     ECHO,
     ModelSettings,
     RouteSettings,
     Settings,
+    is_own,
     load,
     priced,
     secret,
@@ -61,6 +63,32 @@ def test_tables_within_a_section_are_read(config: Path) -> None:
     assert settings.ingress.timeouts == Timeouts(queue_s=1.5)
 
 
+def test_strategies_are_names_lists_and_tables_within_them(config: Path) -> None:
+    text = """
+    [routing]
+    strategy = [{ routes = ["own"], strategy = "least_busy" }, "cheapest"]
+    [routing.models]
+    "a/b" = "own_first, fastest"
+    c = [{ routes = ["x"], strategy = [{ routes = ["y"] }, "weighted"] }]
+    """
+    routing = written(config, text).routing
+    assert items_of(routing.strategy) == (Block(routes=("own",), strategy="least_busy"), "cheapest")
+    assert items_of(routing.models["a/b"]) == ("own_first", "fastest")
+    inner = (Block(routes=("y",)), "weighted")
+    assert items_of(routing.models["c"]) == (Block(routes=("x",), strategy=inner),)
+    by_environ = load(None, {"PENSTOCK_ROUTING_STRATEGY": "own_first,cheapest", "PENSTOCK_ROUTING_COOLDOWN_S": "2"})
+    assert items_of(by_environ.routing.strategy) == ("own_first", "cheapest")
+
+
+def test_what_is_own_can_be_said_and_is_guessed_otherwise(config: Path) -> None:
+    text = ROUTE + 'base_url = "{}"\n'
+    assert is_own(written(config, text.format("http://127.0.0.1:1/v1")).routes[0])
+    assert not is_own(written(config, text.format("https://example.org/v1")).routes[0])
+    assert is_own(written(config, text.format("https://example.org/v1") + "own = true\n").routes[0])
+    assert not is_own(written(config, text.format("http://localhost/v1") + "own = false\n").routes[0])
+    assert is_own(RouteSettings(id=RouteId("v"), provider="vllm"))
+
+
 def test_prices_are_written_in_dollars_and_kept_exactly(config: Path) -> None:
     settings = written(config, MODEL + 'price = { input = 0.15, cached_input = "0.075", output = 1 }\n')
     price = Price(input=150_000, cached_input=75_000, output=1_000_000)
@@ -97,6 +125,14 @@ def test_a_model_is_called_upstream_as_it_is_called_here_unless_said_otherwise(c
         (ROUTE + "max_concurrency = 0", "max_concurrency must be 1 to 100000"),
         (ROUTE + "max_concurrency = 100001", "max_concurrency must be 1 to 100000"),
         (ROUTE + ROUTE, "two routes have the id 'r'"),
+        (ROUTE + "weight = -1", "weight must be 0 to 1000000"),
+        ("[routing]\nstrategy = 'cheap'", "'cheap' is no strategy; there are ordered, own_first, cheapest"),
+        ("[routing]\nstrategy = []", "names at least one of"),
+        ("[routing]\nstrategy = ['ordered', { routes = [] }]", "names at least one route"),
+        ("[routing]\nstrategy = [{ route = ['a'] }]", "`route`"),
+        ("[routing.models]\nm = ['x']", "'x' is no strategy"),
+        ("[routing]\ncooldown_s = 0", "cooldown_s must be above 0"),
+        ("[routing]\ncooldown_s = 61", "at most cooldown_max_s"),
         (MODEL + "price = 5", "`$.routes[0].models[0].price`"),
         (MODEL + "price = { inptu = 1 }", "'inptu' is not a price"),
         (MODEL + "price = { input = -1 }", "zero or more"),
