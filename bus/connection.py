@@ -73,8 +73,17 @@ class _Client(Client):
     It closes for good when its server says ``-ERR``, whatever it says, and is deaf from then on when its reader breaks, as it
     does over the answer to a flush that nobody waits for any more; this one reconnects, and expects that answer. It
     writes a PING ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind. It
-    gives reconnecting up for good over an error that it doesn't expect: this one goes on.
+    gives reconnecting up for good over an error that it doesn't expect: this one goes on. It lets an error of its transport out
+    to whoever happens to publish: for this one the connection is lost.
     """
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        """The transport of uvloop raises a RuntimeError where it was closed under us, which nobody who publishes expects."""
+        try:
+            return await super()._flush_pending(force_flush)
+        except RuntimeError as error:
+            log.debug("connection_error", error=type(error).__name__)
+            await self._process_op_err(nats.errors.UnexpectedEOF())
 
     async def _attempt_reconnect(self) -> None:
         """For one, uvloop's transport raises a RuntimeError where it was closed between the server's greeting and ours."""

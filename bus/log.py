@@ -197,6 +197,10 @@ class EventLog:
                     log.warning("event_log_unavailable", error=error.message, waiting=len(self._waiting))
                 failed = True
                 await asyncio.sleep(RETRY_WAIT_S)
+            except Exception:  # whatever it is: its callers wait, and what was taken must not be lost
+                log.exception("event_log_broke")
+                failed = True
+                await asyncio.sleep(RETRY_WAIT_S)
             else:
                 if failed:
                     log.info("event_log_back", waiting=len(self._waiting))

@@ -282,6 +282,8 @@ class Outbox:
                 except BusUnavailable as error:
                     # The ingress misses this frame's number and asks for it again.
                     log.warning("frame_not_sent", error=error.message)
+                except Exception:  # nor one that can't be sent: it is missed and asked for in the same way
+                    log.exception("send_broke")
             if not self._wake.is_set():
                 self._idle.set()
 

@@ -331,3 +331,21 @@ async def test_reconnecting_goes_on_after_an_error_that_nobody_expects(connectio
     await cut(connection)
     assert tries == 2
     await connection.api("INFO")
+
+
+async def test_a_transport_that_was_closed_under_us_is_a_lost_connection_and_no_error_of_who_publishes(
+    connection: Connection,
+) -> None:
+    """uvloop's raises a RuntimeError then, and once the flusher has died of it nats-py lets it out of `publish`."""
+
+    def closed(_: object) -> None:
+        del connection.nc._transport.writelines
+        raise RuntimeError("the handler is closed")
+
+    reconnects = connection.nc.stats["reconnects"]
+    connection.nc._flusher_task.cancel()
+    await asyncio.gather(connection.nc._flusher_task, return_exceptions=True)
+    connection.nc._transport.writelines = closed
+    await connection.say("anything", b"")
+    await eventually(lambda: connection.is_up and connection.nc.stats["reconnects"] > reconnects, what="the reconnect")
+    await connection.api("INFO")

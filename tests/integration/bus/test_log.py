@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -165,6 +166,25 @@ async def test_the_log_is_back_as_soon_as_its_server_is(nats_server: EmbeddedSer
     await nats_server.start()
     await waiting
     assert time.monotonic() - began < 1.5
+
+
+async def test_an_error_that_nobody_expects_loses_no_event(
+    log: EventLog, connection: Connection, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its page is tried again like any other, and what waits behind it is not stuck."""
+    publish, tries = publisher.publish, 0
+
+    async def broken_once(*args: Any, **more: Any) -> int:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise RuntimeError("the handler is closed")
+        return await publish(*args, **more)
+
+    monkeypatch.setattr(publisher, "publish", broken_once)
+    events = [make_event(), make_event()]
+    await asyncio.gather(*(log.record(event, within_s=5.0) for event in events))
+    assert await _stored(connection) == events
 
 
 async def test_a_record_that_takes_too_long_is_an_error_in_time_and_is_written_later(
