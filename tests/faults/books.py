@@ -16,6 +16,7 @@ WITH touched AS (
 said AS (
     SELECT
         request_id,
+        min(producer) FILTER (kind = 'request.accepted') AS ingress,
         count(*) FILTER (kind = 'attempt.finished') AS receipts,
         coalesce(bool_and((payload->>'$.announced')::BOOLEAN) FILTER (kind = 'request.accepted'), false) AS announced,
         count(*) FILTER (kind = 'request.accepted') AS accepted_events,
@@ -27,7 +28,7 @@ said AS (
 SELECT
     s.request_id::VARCHAR AS request_id, r.status, r.code, r.http_status, r.prompt_hash, r.estimated, r.attempts,
     r.prompt_tokens, r.completion_tokens, r.cached_tokens, r.cost_usd::VARCHAR AS cost_usd,
-    s.receipts, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
+    s.ingress, s.receipts, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
 FROM said AS s LEFT JOIN requests AS r ON r.request_id = s.request_id
 """
 LIFE = """
@@ -65,6 +66,7 @@ def _entry(row: dict[str, Any]) -> Entry:
         cost_pico=pico(row["cost_usd"]),
         estimated=bool(row["estimated"]),
         attempts=row["attempts"] or 0,
+        ingress=row["ingress"],
         receipts=row["receipts"],
         announced=row["announced"],
         accepted_events=row["accepted_events"],

@@ -6,53 +6,26 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import replace
+from functools import partial
 from random import Random
-from typing import Any
 
-import httpx
 import openai
 
+from tests.faults.asking import ask, read_on
 from tests.faults.deployment import API_KEY
 from tests.faults.prompts import Prompt
+from tests.faults.records import End, Record
 
 CLIENT_TIMEOUT_S = 60.0  # longer than any answer may take: who waits longer was forgotten
 WORDS_MAX = 40
 PACES_MS = (2, 5, 10, 20)
 STREAMS = 0.6  # of the requests; the others want the answer whole
 LEAVERS = 0.2
+KEYED = 0.2  # send an Idempotency-Key, and ask again when they got no answer, also when it was they who hung up
+RESUMERS = 0.3  # of the streams: take up a broken one behind the last event that they heard
+TRIES_MAX = 4
 REFUSED_WAIT_S = 0.2  # before the next request, as a client does that was told to retry
-
-
-class End(StrEnum):
-    """How it ended for the client."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"  # with an error that says so
-    LEFT = "left"  # it hung up
-    BROKEN = "broken"  # its connection did
-    SILENT = "silent"  # the answer stopped without an error or a reason
-    HUNG = "hung"  # nothing came, not even an end
-
-
-@dataclass(slots=True)
-class Record:
-    """One request as its client saw it."""
-
-    prompt: Prompt
-    model: str
-    stream: bool
-    began_s: float
-    ended_s: float = 0.0
-    end: End = End.SILENT
-    request_id: str | None = None
-    status: int | None = None
-    code: str | None = None
-    text: str = ""
-    finish_reason: str | None = None
-    usage: tuple[int, int] | None = None  # tokens of the prompt and of the answer
-    attempts: int | None = None  # as the header says
 
 
 class Load:
@@ -103,64 +76,31 @@ class Load:
             prompt = Prompt(f"{name}-{number}", dice.randint(1, WORDS_MAX), dice.choice(PACES_MS))
             record = Record(prompt, dice.choice(self._models), dice.random() < STREAMS, time.monotonic())
             leaves_after_s = dice.uniform(0, 0.5) if dice.random() < LEAVERS else None
+            sdk, kind = dice.choice(self._sdks), dice.random()
+            if kind < KEYED:
+                await self._insist(sdk, replace(record, key=prompt.name), leaves_after_s)
+            elif record.stream and kind < KEYED + RESUMERS:
+                self.records.append(record)
+                await read_on(partial(dice.choice, self._sdks), record, tries=TRIES_MAX)
+            else:
+                self.records.append(record)
+                await ask(sdk, record, leaves_after_s=leaves_after_s)
+            if self.records[-1].end in (End.FAILED, End.BROKEN):
+                await self._pause()
+
+    async def _insist(self, sdk: openai.AsyncOpenAI, record: Record, leaves_after_s: float | None) -> None:
+        """Asks with a key, and again with the same one until there is an answer."""
+        for _ in range(TRIES_MAX):
             self.records.append(record)
-            await ask(dice.choice(self._sdks), record, leaves_after_s=leaves_after_s)
-            if record.end in (End.FAILED, End.BROKEN):
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), REFUSED_WAIT_S)
+            await ask(sdk, record, leaves_after_s=leaves_after_s)
+            if record.end not in (End.LEFT, End.BROKEN):
+                return
+            await self._pause()
+            record, leaves_after_s = (
+                Record(record.prompt, record.model, record.stream, time.monotonic(), key=record.key),
+                None,
+            )
 
-
-async def ask(sdk: openai.AsyncOpenAI, record: Record, *, leaves_after_s: float | None = None) -> None:
-    """Makes the request of *record* and writes down what comes. Raises: nothing that a service can do."""
-    try:
-        async with asyncio.timeout(leaves_after_s):
-            await (_read if record.stream else _receive)(sdk, record)
-    except TimeoutError:
-        record.end = End.LEFT
-    except openai.APITimeoutError:
-        record.end = End.HUNG
-    except openai.APIStatusError as error:
-        record.end, record.status, record.code = End.FAILED, error.status_code, error.code
-        record.request_id = error.request_id
-    except (openai.APIConnectionError, httpx.HTTPError):
-        record.end = End.BROKEN
-    except openai.APIError as error:  # said in the stream
-        record.end, record.code = End.FAILED, error.code
-    finally:
-        record.ended_s = time.monotonic()
-
-
-async def _receive(sdk: openai.AsyncOpenAI, record: Record) -> None:
-    raw = await sdk.chat.completions.with_raw_response.create(**_asked(record))
-    _note_head(record, raw.http_response)
-    answer = raw.parse()
-    (choice,) = answer.choices
-    record.text, record.finish_reason = choice.message.content or "", choice.finish_reason
-    if answer.usage is not None:
-        record.usage = answer.usage.prompt_tokens, answer.usage.completion_tokens
-    record.end = End.COMPLETED
-
-
-async def _read(sdk: openai.AsyncOpenAI, record: Record) -> None:
-    stream = await sdk.chat.completions.create(**_asked(record), stream=True, stream_options={"include_usage": True})
-    try:
-        _note_head(record, stream.response)
-        async for chunk in stream:
-            for choice in chunk.choices:
-                record.text += choice.delta.content or ""
-                record.finish_reason = choice.finish_reason or record.finish_reason
-            if chunk.usage is not None:  # the last one before [DONE]
-                record.usage = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-                record.end = End.COMPLETED
-    finally:
-        await stream.close()
-
-
-def _asked(record: Record) -> dict[str, Any]:
-    return {"model": record.model, "messages": record.prompt.messages}
-
-
-def _note_head(record: Record, response: httpx.Response) -> None:
-    record.status = response.status_code
-    record.request_id = response.headers.get("x-request-id")
-    record.attempts = int(response.headers.get("x-penstock-attempts", "1"))
+    async def _pause(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), REFUSED_WAIT_S)

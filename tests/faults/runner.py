@@ -12,8 +12,9 @@ from random import Random
 from tests.faults import books
 from tests.faults.deployment import ENGINE_MODEL, MODEL, Deployment
 from tests.faults.faults import Busy, Fault
-from tests.faults.load import End, Load, Record
+from tests.faults.load import Load
 from tests.faults.quiet import Connections, settle
+from tests.faults.records import End, Record
 from tests.faults.verdict import Evidence, Kind, Problem, judge
 from tests.waiting import eventually
 
@@ -52,6 +53,7 @@ class Round:
     codes: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     attempts_again: int = 0  # requests that were completed by a later attempt
+    resumed: int = 0  # streams that were completed over more than one connection
 
 
 @dataclass
@@ -148,6 +150,7 @@ class Run:
             if record.code is not None:
                 made.codes[record.code] += 1
             made.attempts_again += record.end is End.COMPLETED and (record.attempts or 1) > 1
+            made.resumed += record.end is End.COMPLETED and record.resumed > 0
         for problem in made.problems[:LIVES_MAX]:
             if len(problem.about) == UUID_CHARS:
                 made.lives[problem.about] = await books.life(self._up, problem.about)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.faults.deployment import MODEL
-from tests.faults.load import End, Record
 from tests.faults.prompts import Prompt, Word
+from tests.faults.records import End, Record
 from tests.faults.runner import noticed
 from tests.faults.verdict import Entry, Evidence, Kind, Problem, cost_pico, judge
 from tests.faults.witness import Generation

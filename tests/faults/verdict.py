@@ -10,11 +10,12 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from tests.faults.deployment import CACHED_PICO, INPUT_PICO, OUTPUT_PICO
-from tests.faults.load import End, Record
 from tests.faults.prompts import Prompt, Word
+from tests.faults.records import End, Record
 from tests.faults.witness import Generation
 
 PICO_PER_DOLLAR = 10**12
+RETOLD = ("request_cancelled",)
 ENDED = ("completed", "failed", "cancelled", "rejected")
 
 
@@ -47,6 +48,7 @@ class Entry:
     cost_pico: int = 0
     estimated: bool = False
     attempts: int = 1
+    ingress: str | None = None
     receipts: int = 0  # of workers
     announced: bool = True  # by an ingress that says that it is there; release 0.1.0's doesn't
     accepted_events: int = 0
@@ -99,10 +101,14 @@ def _books(evidence: Evidence) -> Iterator[Problem]:
     for request_id, entries in evidence.by_id.items():
         if len(entries) > 1:
             yield Problem(Kind.DUPLICATED, "a request has one row", request_id, f"{len(entries)} rows")
+    keyed = {record.prompt.hash for record in evidence.records if record.key is not None}
     for prompt_hash, entries in evidence.by_hash.items():
-        if len({entry.request_id for entry in entries}) > 1:
-            ids = ", ".join(entry.request_id for entry in entries)
+        ids = ", ".join(entry.request_id for entry in entries)
+        if prompt_hash not in keyed and len({entry.request_id for entry in entries}) > 1:
             yield Problem(Kind.DUPLICATED, "a request is accepted once", prompt_hash, ids)
+        billed = [entry.ingress for entry in entries if entry.cost_pico > 0]
+        if len(billed) > len(set(billed)):
+            yield Problem(Kind.DUPLICATED, "what has an Idempotency-Key is billed once by an ingress", prompt_hash, ids)
     for entry in evidence.entries:
         yield from _one_book(entry)
 
@@ -192,6 +198,8 @@ def _truth(record: Record, entry: Entry) -> Iterator[Problem]:
                 yield wrong("who was answered has completed")
             yield from _complete(record, entry)
         case End.FAILED:
+            if record.code in RETOLD and entry.status == "cancelled":
+                return  # a later reader of what was cancelled
             if entry.status not in ("failed", "rejected") or entry.code != record.code:
                 yield wrong("an error is told as it is recorded")
             elif record.status is not None and entry.http_status != record.status:
