@@ -31,6 +31,10 @@ SELECT
     s.ingress, s.receipts, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
 FROM said AS s LEFT JOIN requests AS r ON r.request_id = s.request_id
 """
+RECEIPTS = """
+SELECT payload->>'$.upstream_id' AS name FROM events
+WHERE log = 'EVENTS' AND position > ? AND kind = 'attempt.finished' AND payload->>'$.upstream_id' IS NOT NULL
+"""
 LIFE = """
 SELECT position, ts::VARCHAR AS ts, payload::VARCHAR AS payload FROM events
 WHERE log = 'EVENTS' AND request_id = ?::UUID ORDER BY position
@@ -46,6 +50,11 @@ async def position(up: Deployment) -> int:
 async def entries(up: Deployment, *, after: int) -> list[Entry]:
     """The requests that began or ended behind position *after*. Raises: SetupError."""
     return [_entry(row) for row in await up.sql(ENTRIES, after)]
+
+
+async def receipts(up: Deployment, *, after: int) -> frozenset[str]:
+    """The generations, as their provider calls them, of which workers wrote receipts. Raises: SetupError."""
+    return frozenset(row["name"] for row in await up.sql(RECEIPTS, after))
 
 
 async def life(up: Deployment, request_id: str) -> list[str]:

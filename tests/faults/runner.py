@@ -140,7 +140,12 @@ class Run:
                 await asyncio.sleep(BUSY_WAIT_S)
 
     async def _judge(self, made: Round, records: list[Record], position: int) -> None:
-        evidence = Evidence(records, self._up.witness.generations, await books.entries(self._up, after=position))
+        evidence = Evidence(
+            records,
+            self._up.witness.generations,
+            await books.entries(self._up, after=position),
+            await books.receipts(self._up, after=position),
+        )
         made.problems += judge(evidence)
         made.problems += self._complaints.new()
         if all(fault.unseen for fault in self._orders.kinds):

@@ -165,6 +165,8 @@ def test_what_never_arrived_leaves_no_trace_and_needs_none() -> None:
     lost = record(end=End.BROKEN, request_id=None, status=None, text="", usage=None)
     assert found([lost], [], []) == []
     assert rules(found([lost], [generation()], [])) == {(Kind.LOST, "what was generated is in the ledger")}
+    told = Evidence([lost], {PROMPT.name: [generation()]}, [], frozenset([generation().name]))
+    assert judge(told) == []
 
 
 def test_a_request_without_an_answer_is_noticed_only_if_somebody_took_it() -> None:

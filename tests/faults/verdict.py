@@ -61,6 +61,7 @@ class Evidence:
     records: Sequence[Record]
     generations: Mapping[str, Sequence[Generation]]  # by the prompt's name
     entries: Sequence[Entry]
+    receipts: frozenset[str] = frozenset()  # the generations, by name, of which a worker has told the ledger
     by_id: dict[str, list[Entry]] = field(init=False)
     by_hash: dict[str, list[Entry]] = field(init=False)
 
@@ -85,7 +86,7 @@ def judge(evidence: Evidence) -> list[Problem]:
         said = evidence.generations.get(record.prompt.name, ())
         found += _text(record, said)
         if entry is None:
-            found += _missing(record, said)
+            found += _missing(record, said, evidence.receipts)
         elif entry.status in ENDED:
             found += _truth(record, entry)
             found += _bill(record, entry, said)
@@ -168,12 +169,15 @@ def _may_speak(word: Word, place: int, said: Sequence[Generation], text: str) ->
     return text.split()[:place] == begun.given.split()
 
 
-def _missing(record: Record, said: Sequence[Generation]) -> Iterator[Problem]:
-    """The ledger knows nothing of it: only for a request that never arrived is that as it should be."""
+def _missing(record: Record, said: Sequence[Generation], receipts: frozenset[str]) -> Iterator[Problem]:
+    """The ledger has no such request: as it should be for one that never arrived, or whose ingress died before it was on record.
+
+    Its job may have been queued by then: nothing of it is delivered, and its worker's receipt says what it cost.
+    """
     if record.request_id is not None:
         told = f"{record.end}, status {record.status}"
         yield Problem(Kind.LOST, "what a client was answered is in the ledger", record.request_id, told)
-    elif said:
+    elif not all(each.name in receipts for each in said):
         yield Problem(Kind.LOST, "what was generated is in the ledger", record.prompt.name, f"{len(said)} generations")
     if record.end is End.HUNG:
         yield Problem(Kind.LOST, "every client hears an end", record.prompt.name)
