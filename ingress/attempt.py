@@ -9,16 +9,18 @@ import structlog
 from msgspec import Raw
 
 from bus.queue import JobQueue
+from ingress.pace import Pace
 from ingress.relay import Switchboard
 from ingress.speech import says_something
 from ingress.trip import Trip
 from schemas.errors import FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout
 from schemas.frames import AnyFrame, Delta, Finished, LastFrame
 from schemas.ids import RouteId, WorkerId
-from schemas.jobs import Cancel, Job
+from schemas.jobs import Cancel, Job, Take
 
 log = structlog.get_logger()
 
+TAKE_WAIT_S = 1.0  # a worker that is asked to go on with an answer says at once whether it does
 HELD_MAX = 64  # chunks without content that are held back until some comes
 
 
@@ -29,8 +31,16 @@ class Attempt:
     """
 
     def __init__(
-        self, job: Job, trip: Trip, *, queue: JobQueue, switchboard: Switchboard, on_overflow: Callable[[], None]
+        self,
+        job: Job,
+        trip: Trip,
+        *,
+        queue: JobQueue,
+        switchboard: Switchboard,
+        on_overflow: Callable[[], None],
+        to: WorkerId | None = None,
     ) -> None:
+        """With *to* it goes to that worker and not into the queue."""
         self.job = job
         self.trip = trip
         self.leg = trip.leg
@@ -39,11 +49,16 @@ class Attempt:
         self.first_token_at: float | None = None
         self.heard_at = time.monotonic()
         self.held: list[Raw] = []  # chunks that have come and not gone out yet
+        self.frames_held: list[Delta | Finished] = []  # that they came in
+        self.pace = Pace()
         self.tokens = 0  # completion tokens in what came, as the worker counts them
         self._queue = queue
         self._switchboard = switchboard
         self._job_seq: int | None = None
         self._over = False  # its last frame was taken
+        self._to = to
+        if to is not None:
+            self.relay.belong(to)
 
     @property
     def epoch(self) -> int:
@@ -60,6 +75,9 @@ class Attempt:
 
     async def publish(self) -> None:
         """Raises: BacklogFull, BadRequest, QueueUnavailable."""
+        if self._to is not None:
+            self._switchboard.command(self._to, Take(job=self.job))
+            return
         self._job_seq = await self._queue.publish(self.job)
 
     def poll(self, now: float) -> list[AnyFrame]:
@@ -79,6 +97,8 @@ class Attempt:
         """Holds the chunks of *frame*: they may go to the client once the attempt has spoken."""
         self.tokens += frame.tokens
         self.held.extend(frame.chunks)
+        self.frames_held.append(frame)
+        self.pace.heard(now)
         if self.first_token_at is None and self._speaks(frame):
             self.first_token_at = now
             self.trip.spoke()
@@ -94,7 +114,7 @@ class Attempt:
         """When it is given up if nothing comes."""
         timeouts = self.job.timeouts
         if self.started_at is None:
-            return self.heard_at + timeouts.queue_s
+            return self.heard_at + (timeouts.queue_s if self._to is None else TAKE_WAIT_S)
         if self.first_token_at is None:
             return self.started_at + timeouts.first_token_s
         return self.heard_at + timeouts.idle_s

@@ -9,15 +9,23 @@ from typing import assert_never
 
 from bus.log import EventLog
 from ingress.attempt import Attempt
+from ingress.continuing import Onward
 from ingress.policy.routing import Leg, Plan
 from ingress.policy.trail import HEDGE_LOST
 from ingress.problems import CLIENT_LEFT_STATUS, problem_of
 from schemas.chat import ChatRequest
 from schemas.control import KeyStated
 from schemas.errors import BacklogFull, PenstockError
-from schemas.events import AttemptLost, AttemptStarted, LeftOutLeg, RequestAccepted, RequestFinished
+from schemas.events import (
+    AttemptLost,
+    AttemptStarted,
+    LeftOutLeg,
+    RequestAccepted,
+    RequestFinished,
+    StreamMigrated,
+)
 from schemas.frames import Delta, Finished
-from schemas.ids import EventId, RequestId, new_id
+from schemas.ids import EventId, RequestId, RouteId, WorkerId, new_id
 from schemas.money import Usage, cost, estimate
 
 RECORD_WAIT_S = 30.0  # how long an answer waits for the log before it becomes an error
@@ -60,6 +68,16 @@ class Left:
 Ending = Done | Broke | Left
 
 
+@dataclass(frozen=True, slots=True)
+class Break:
+    """Where an answer broke off that its client had begun to read. *heard_at* is when its last token came."""
+
+    error: PenstockError
+    route: RouteId
+    worker: WorkerId | None
+    heard_at: float
+
+
 class Books:
     """Of one accepted request."""
 
@@ -84,6 +102,9 @@ class Books:
         self.served = (
             False  # it was answered or has a cost, so that it must not be done again for the same Idempotency-Key
         )
+        self.migrations = 0
+        self.carried = 0  # completion tokens that earlier attempts have delivered
+        self.estimated = False  # part of the usage is, whatever the last provider reports
         self._log = log
         self._body_bytes = body_bytes
         self._prompt_hash = prompt_hash
@@ -91,6 +112,7 @@ class Books:
         self._attempts = 0
         self._accepted: asyncio.Future[None] | None = None
         self._queue_us: int | None = None
+        self._first_token_at: float | None = None  # of an answer that has moved
 
     @property
     def attempts(self) -> int:
@@ -146,6 +168,35 @@ class Books:
             self.overhead_us = max(0, self.arrival.since_us(now) - frame.wait_us)
         attempt.note_chunks(frame, now=now)
 
+    def carry(self, attempt: Attempt, tokens: int) -> None:
+        """*attempt* broke off; until then its client got so many completion *tokens*, from it and from those before it."""
+        self._first_token_at = self._first_token_at or attempt.first_token_at
+        self.carried = tokens
+        attempt.tokens = 0  # counted
+
+    def note_migrated(self, attempt: Attempt, onward: Onward, *, broke: Break, at: float) -> None:
+        """*attempt* has given its first token: the answer goes on *onward*, after *broke*."""
+        self.migrations += 1
+        self.estimated = self.estimated or not onward.exact
+        self._log.note(
+            StreamMigrated(
+                id=EventId(new_id()),
+                ts_ns=time.time_ns(),
+                org=self.principal.org,
+                request_id=self.arrival.request_id,
+                epoch=attempt.epoch,
+                producer=self._log.producer,
+                route=attempt.route,
+                worker=attempt.worker,
+                from_route=broke.route,
+                from_worker=broke.worker,
+                reason=broke.error.code,
+                how="exact" if onward.exact else "prefix",
+                tokens_carried=onward.continuation.tokens,
+                gap_us=max(0, int((at - broke.heard_at) * 1e6)),
+            )
+        )
+
     def note_lost(self, attempt: Attempt, error: PenstockError) -> None:
         """*attempt* came to nothing, and another goes on."""
         self._note_loss(attempt, error.code, getattr(error, "status", None))
@@ -155,8 +206,9 @@ class Books:
         self._note_loss(attempt, HEDGE_LOST, None)
 
     def _note_loss(self, attempt: Attempt, code: str, status: int | None) -> None:
-        """The cost of *attempt* is ours, as far as it can be told here."""
-        usage = self._usage_of(attempt) if attempt.started_at is not None else Usage()
+        """The cost of *attempt* is ours, as far as it can be told here; but what it has delivered is its client's."""
+        ours = attempt.started_at is not None and not self.carried
+        usage = self._usage_of(attempt) if ours else Usage()
         self._log.note(
             AttemptLost(
                 id=EventId(new_id()),
@@ -201,7 +253,7 @@ class Books:
         return self._usage_of(self._attempt)
 
     def _usage_of(self, attempt: Attempt | None) -> Usage:
-        tokens = 0 if attempt is None else attempt.tokens
+        tokens = self.carried + (0 if attempt is None else attempt.tokens)
         return estimate(prompt_bytes=len(self.request.messages_raw), completion_tokens=tokens)
 
     def _spent(self, *, left: bool = False) -> Usage:
@@ -214,6 +266,7 @@ class Books:
         if attempt is None:
             return Usage()
         began = attempt.started_at is not None if left else self.delivered and attempt.tokens > 0
+        began = began or self.carried > 0
         return self.estimate() if began else Usage()
 
     def _accepted_event(self) -> RequestAccepted:
@@ -243,7 +296,7 @@ class Books:
         self, status: str, http_status: int, *, usage: Usage, code: str | None = None, frame: Finished | None = None
     ) -> RequestFinished:
         attempt, leg = self._attempt, self.leg
-        first_token_at = None if attempt is None else attempt.first_token_at
+        first_token_at = self._first_token_at or (None if attempt is None else attempt.first_token_at)
         return RequestFinished(
             id=EventId(new_id()),
             ts_ns=time.time_ns(),
@@ -264,10 +317,11 @@ class Books:
             first_token_us=None if first_token_at is None else self.arrival.since_us(first_token_at),
             duration_us=self.arrival.since_us(time.monotonic()),
             usage=usage,
-            estimated=usage.total_tokens > 0 and (frame is None or frame.usage is None),
+            estimated=usage.total_tokens > 0 and (frame is None or frame.usage is None or self.estimated),
             price=leg.price,
             cost_pico=cost(usage, leg.price),
             attempts=self._attempts,
+            migrations=self.migrations,
             finish_reason=None if frame is None else frame.finish_reason,
             prompt_hash=self._prompt_hash,
         )

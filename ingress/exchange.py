@@ -17,7 +17,8 @@ from bus.log import EventLog
 from bus.queue import JobQueue
 from ingress.answer import Answer
 from ingress.attempt import Attempt
-from ingress.books import Books, Broke, Done, Ending, Left
+from ingress.books import Books, Break, Broke, Done, Ending, Left
+from ingress.continuing import Onward
 from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
 from ingress.policy.routing import Leg
@@ -34,6 +35,8 @@ from schemas.errors import (
     ProviderNonsense,
     Stopping,
     TotalTimeout,
+    WorkerLost,
+    WorkerStalled,
     WorkerYielded,
 )
 from schemas.frames import Delta, Faulted, Finished, Started, Yielded
@@ -41,6 +44,8 @@ from schemas.ids import IngressId, new_nonce
 from schemas.jobs import Job, Timeouts
 
 log = structlog.get_logger()
+
+ANOTHER_WAIT_S = 10.0  # for somebody who can go on with an answer, when nobody is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,9 @@ class Exchange:
         self._body = body
         self._waits = waits
         self._trail = Trail(books.plan, workers=services.router.servers, is_up=services.router.is_up)
+        self._continuing = services.router.continuing(books.request, body, books.plan)
+        self._onward: Onward | None = None  # where the present attempt goes on with an answer
+        self._break: Break | None = None  # what it has to make good, until it speaks
         self._running: list[Attempt] = []  # one; two while they race
         self._gone: str | None = None  # why the client is there no more
         self._comment_at = 0.0
@@ -129,15 +137,15 @@ class Exchange:
                 self._comment_at = now + self._s.keep_alive_comment_s
 
     def _wake_at(self) -> float:
-        return min(self._comment_at, self._hedge_at, *(attempt.deadline for attempt in self._running))
+        looks = (min(attempt.deadline, attempt.pace.look_at) for attempt in self._running)
+        return min(self._comment_at, self._hedge_at, *looks)
 
     async def _look(self, attempt: Attempt, now: float) -> Ending | None:
         """Takes what came of *attempt*, and goes on with another if it has failed. Raises: PenstockError if there is none."""
         try:
             ending = await self._take(attempt, now)
         except PenstockError as error:
-            await self._go_on(attempt, error)
-            return None
+            return await self._go_on(attempt, error)
         if self._gone is not None:
             return self._left(self._gone)
         if ending is not None:
@@ -146,27 +154,32 @@ class Exchange:
 
     async def _begin(self, leg: Leg) -> None:
         """An attempt at *leg* begins, or where it can't, the next that can. Raises: PenstockError if none can."""
-        attempt = Attempt(
-            self._job(leg),
-            self._s.router.begin(leg, stream=self.books.request.stream),
-            queue=self._s.queue,
-            switchboard=self._s.switchboard,
-            on_overflow=self._give_up,
-        )
-        self._running.append(attempt)
+        attempt = self._start(leg)
         self._trail.begin(leg)
-        self.books.note_attempt()
-        if attempt is self._running[0]:
-            self.books.note_present(attempt)
         try:
             await attempt.publish()
         except PenstockError as error:
             await self._go_on(attempt, error)
 
-    async def _go_on(self, attempt: Attempt, error: PenstockError) -> None:
+    def _start(self, leg: Leg, onward: Onward | None = None) -> Attempt:
+        attempt = Attempt(
+            self._job(leg, onward),
+            self._s.router.begin(leg, stream=self.books.request.stream),
+            queue=self._s.queue,
+            switchboard=self._s.switchboard,
+            on_overflow=self._give_up,
+            to=None if onward is None else onward.worker,
+        )
+        self._running.append(attempt)
+        self.books.note_attempt()
+        if attempt is self._running[0]:
+            self.books.note_present(attempt)
+        return attempt
+
+    async def _go_on(self, attempt: Attempt, error: PenstockError) -> Ending | None:
         """*attempt* ended with *error*: another one begins, or nothing helps any more. Raises: *error* then.
 
-        What has reached the client can't be taken back: from then on only a continuation could help.
+        What has reached the client can't be taken back: from then on only a continuation helps.
         """
         if not self._waits.impatient(error, self._s.router.timeouts(attempt.leg)):
             attempt.trip.failed(error)
@@ -174,16 +187,39 @@ class Exchange:
         if self._gone is not None:
             raise error
         self._trail.failed(attempt.leg, attempt.worker, error)
+        if self._answer.delivered:
+            return await self._continue(attempt, error)
         self.books.tried = self._trail.told()
         if self._running:  # the other one of a race goes on
             self.books.note_lost(attempt, error)
             self.books.note_present(self._running[0])
-            return
-        leg = None if self._answer.delivered else self._trail.next()
+            return None
+        leg = self._trail.next()
         if leg is None:
             raise error
         self.books.note_lost(attempt, error)
         await self._begin(leg)
+        return None
+
+    async def _continue(self, attempt: Attempt, error: PenstockError) -> Ending | None:
+        """Has another worker go on with the answer that *attempt* was giving. Raises: the error that broke it off, if none can."""
+        delivered = self._continuing.delivered
+        if delivered.finish_reason is not None:  # only its worker's last word was lost
+            return Done(_last_word(attempt.job, delivered.finish_reason))
+        if self._break is None:
+            self._break = Break(error, attempt.route, attempt.worker, attempt.heard_at)
+            self.books.carry(attempt, delivered.tokens)
+        room_lacked = isinstance(error, WorkerYielded) and attempt.started_at is None
+        (self._continuing.declined if room_lacked else self._continuing.failed)(attempt.worker)
+        until = self._break.heard_at + ANOTHER_WAIT_S
+        self._onward = await self._continuing.await_next(
+            attempt.leg, self._break.error, until=until, gone=lambda: self._gone is not None
+        )
+        if self._onward is None:
+            raise self._break.error
+        self.books.note_lost(attempt, error)
+        await self._start(self._onward.leg, self._onward).publish()
+        return None
 
     async def _hedge(self) -> None:
         """A second attempt begins beside the one that says nothing, where there is a place for it."""
@@ -223,8 +259,9 @@ class Exchange:
                     if attempt.first_token_at is None:
                         raise ProviderNonsense("The provider finished without an answer.")
                     self._prefer(attempt)
+                    self._note_spoken(attempt)
                     # What came along with the end goes out with it, behind the closing event.
-                    return Done(_with_chunks(attempt.held, frame))
+                    return Done(self._whole(attempt, _with_chunks(attempt.held, frame)))
                 case Faulted():
                     await self._deliver(attempt)
                     raise fault_of(frame)
@@ -238,16 +275,49 @@ class Exchange:
             await self._deliver(attempt)
         elif attempt.started_at is None and self._trail.elsewhere(attempt.leg):
             raise NoLiveRoute("The last worker of this route has gone.")
+        else:
+            self._feel_pulse(attempt, now)
         return None
+
+    def _feel_pulse(self, attempt: Attempt, now: float) -> None:
+        """Gives *attempt* up early when its worker is cut off or stands still, if it can be done elsewhere. Raises: WorkerLost."""
+        if attempt.relay.absent and self._can_move(attempt):
+            raise WorkerLost
+        if attempt.pace.is_stalled(now) and self._answer.delivered and self._can_move(attempt):
+            raise WorkerStalled
+
+    def _can_move(self, attempt: Attempt) -> bool:
+        if self._answer.delivered:
+            return self._continuing.may_move(attempt.leg, away_from=attempt.worker)
+        others = self._s.router.servers(attempt.leg) - {attempt.worker}
+        return bool(others) or self._trail.beside(attempt.leg) is not None
 
     async def _deliver(self, attempt: Attempt) -> None:
         """What *attempt* has said goes out, once it has said something. An answer in one piece waits for its end."""
         if attempt.first_token_at is None or not attempt.held or not self.books.request.stream:
             return
-        if not self._answer.delivered:
+        if not self._answer.delivered and attempt.worker is not None:
             self._prefer(attempt)
+            self._continuing.begun(attempt.leg, attempt.worker)
+        self._note_spoken(attempt)
         chunks, attempt.held = attempt.held, []
+        frames, attempt.frames_held = attempt.frames_held, []
+        for frame in frames:
+            self._continuing.delivered.add(frame)
         await self._answer.deliver(chunks)
+
+    def _note_spoken(self, attempt: Attempt) -> None:
+        """What broke off is made good."""
+        if self._onward is not None and self._break is not None and attempt.first_token_at is not None:
+            self._continuing.migrations += 1
+            self.books.note_migrated(attempt, self._onward, broke=self._break, at=attempt.first_token_at)
+            self._break = None
+
+    def _whole(self, attempt: Attempt, frame: Finished) -> Finished:
+        """*frame* with the usage of the whole answer, where it had several parts."""
+        if self._onward is None:
+            return frame
+        return self._continuing.whole(frame, self._onward, tokens=attempt.tokens)
 
     async def _close(self, ending: Ending) -> None:
         """Records the end, durably, and only then sends the client's last byte."""
@@ -317,7 +387,7 @@ class Exchange:
         if task is not None:
             task.uncancel()
 
-    def _job(self, leg: Leg) -> Job:
+    def _job(self, leg: Leg, onward: Onward | None) -> Job:
         books = self.books
         return Job(
             request_id=books.arrival.request_id,
@@ -333,8 +403,14 @@ class Exchange:
             timeouts=self._waits.at(self._s.router.timeouts(leg)),
             body=Raw(self._body),
             announced=True,
-            not_workers=self._trail.not_workers(leg),
+            not_workers=self._trail.not_workers(leg) if onward is None else (),
+            continuation=None if onward is None else onward.continuation,
         )
+
+
+def _last_word(job: Job, finish_reason: str) -> Finished:
+    """What the worker of *job* could not say any more."""
+    return Finished(request_id=job.request_id, epoch=job.epoch, seq=0, finish_reason=finish_reason)
 
 
 def _with_chunks(chunks: list[Raw], frame: Finished) -> Finished:

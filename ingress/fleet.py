@@ -41,6 +41,16 @@ Lost = Callable[[WorkerId], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """A worker that serves a model on a route, with so many free slots when it last said."""
+
+    worker: WorkerId
+    route: RouteId
+    free: int
+    offer: ModelOffer
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """What the live workers of a route say of a model there. Where they differ, what holds for all of them."""
 
@@ -146,6 +156,33 @@ class Fleet:
     def load(self, route: RouteId) -> Load:
         """Of a route that somebody serves; whoever begins or ends an attempt there notes it in it."""
         return self._loads.setdefault(route, Load())
+
+    def listens(self, worker: WorkerId) -> bool:
+        """Whether *worker* says that it listens to `here.<worker>`."""
+        heard = self._heard.get(worker)
+        return heard is not None and heard[0].listens
+
+    def gone(self, worker: WorkerId) -> None:
+        """*worker*'s connection has been away for too long."""
+        self._forget(worker, reason="disconnected")
+
+    def offer(self, model: str, *, worker: WorkerId, route: RouteId) -> ModelOffer | None:
+        """What *worker* says of *model* on *route*."""
+        heard = self._heard.get(worker)
+        offers = () if heard is None else heard[0].routes
+        return next((m for offer in offers if offer.route == route for m in offer.models if m.name == model), None)
+
+    def serving(self, model: str) -> list[Serving]:
+        """Everybody who serves *model* now. Asked only when an answer begins or breaks off: it looks at every worker."""
+        return [
+            Serving(presence.worker, offer.route, offer.free, offered)
+            for presence, _ in self._heard.values()
+            if presence.state is WorkerState.SERVING
+            for offer in presence.routes
+            if offer.down is None
+            for offered in offer.models
+            if offered.name == model
+        ]
 
     def models(self) -> list[str]:
         return sorted(self._offers)

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 import uvicorn
 
-from bus.connection import connect
+from bus.connection import Connection, connect
 from bus.control import ControlFeed
 from bus.log import FENCED, EventLog
 from bus.presence import Beacon
@@ -29,6 +29,7 @@ from ingress.fleet import Fleet
 from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
 from ingress.protocol import bounded_protocol
+from ingress.pulse import Pulse
 from ingress.relay import Switchboard
 from ingress.router import Router
 from schemas import subjects
@@ -76,11 +77,7 @@ async def run_ingress(
     await state_setup(control, setup, producer=name)
     switchboard = Switchboard(connection, ingress=name, max_bytes_per_relay=settings.ingress.max_buffered_bytes)
     await switchboard.start()
-    fleet = Fleet(connection)
-    fleet.on_lost(switchboard.lose)
-    fleet.on_changed(switchboard.rouse_waiting)
-    await fleet.start()
-    await fleet.gather()
+    fleet, pulse = await _watch(connection, switchboard)
     await beacon.start()
     neighbours = Neighbours(connection, name)
     await neighbours.start()
@@ -127,6 +124,7 @@ async def run_ingress(
         async with asyncio.timeout(FLUSH_WAIT_S):
             await event_log.flush()
     await beacon.stop()
+    await pulse.stop()
     await fleet.stop()
     await control.stop()
     await publisher.stop()
@@ -142,6 +140,18 @@ async def _end_when_fenced(fenced: asyncio.Event, server: uvicorn.Server) -> Non
     server.should_exit = True
     for task in list(server.server_state.tasks):
         task.cancel()
+
+
+async def _watch(connection: Connection, switchboard: Switchboard) -> tuple[Fleet, Pulse]:
+    """Who is there, and who has just gone."""
+    fleet = Fleet(connection)
+    fleet.on_lost(switchboard.lose)
+    fleet.on_changed(switchboard.rouse_waiting)
+    await fleet.start()
+    await fleet.gather()
+    pulse = Pulse(connection, switchboard, listens=fleet.listens, gone=fleet.gone)
+    await pulse.start()
+    return fleet, pulse
 
 
 async def _last_words(server: uvicorn.Server) -> None:

@@ -15,7 +15,7 @@ from schemas import codec, subjects
 from schemas.errors import FrameGap, PenstockError, WorkerLost
 from schemas.frames import AnyFrame, Delta, Started
 from schemas.ids import IngressId, Nonce, WorkerId
-from schemas.jobs import Cancel, Resend
+from schemas.jobs import Cancel, Resend, Take
 
 log = structlog.get_logger()
 
@@ -45,6 +45,7 @@ class Relay:
         self.worker: WorkerId | None = None  # the first that spoke under this nonce
         self.started_at = 0.0  # when Started came, by the loop's clock
         self.gone: str | None = None  # why nobody reads any more
+        self.absent = False  # its worker's connection is gone; perhaps it comes back
         self.closed = False
         self._switchboard = switchboard
         self._loop = asyncio.get_running_loop()
@@ -94,9 +95,10 @@ class Relay:
         That happens when the acknowledgement of a delivery is lost: the queue delivers the job once more.
         """
         if self.worker is None:
-            self.worker = worker
+            self.belong(worker)
         elif self.worker != worker:
             return False
+        self.absent = False
         if frame.seq < self._expected:
             return True  # sent again, and here already
         if frame.seq > self._expected:
@@ -110,6 +112,17 @@ class Relay:
             self._gap_since = self._loop.time()
         self._wake()
         return True
+
+    def belong(self, worker: WorkerId) -> None:
+        """*worker* has the attempt: nobody else is listened to."""
+        self.worker = worker
+        self._switchboard.note_owner(self)
+
+    def miss(self) -> None:
+        """The worker's connection is gone: its reader may look elsewhere, or wait for it to come back."""
+        if not self.absent:
+            self.absent = True
+            self._wake()
 
     def leave(self, reason: str) -> None:
         """The reader's client has gone, or can't keep up."""
@@ -211,7 +224,10 @@ class Switchboard:
         self._connection = connection
         self._ingress = ingress
         self._max_bytes = max_bytes_per_relay
+        self._loop = asyncio.get_running_loop()
         self._relays: dict[Nonce, Relay] = {}
+        self._of_worker: dict[WorkerId, set[Relay]] = {}
+        self._heard_at: dict[WorkerId, float] = {}  # of those in `_of_worker`, by the loop's clock
         self._sending: set[asyncio.Task[object]] = set()
 
     def __len__(self) -> int:
@@ -235,13 +251,33 @@ class Switchboard:
     def close(self, relay: Relay) -> None:
         """From here on the nonce is unknown, and whoever still speaks under it is told to stop."""
         self._relays.pop(relay.nonce, None)
+        if relay.worker is not None:
+            of_worker = self._of_worker.get(relay.worker, set())
+            of_worker.discard(relay)
+            if not of_worker:
+                self._of_worker.pop(relay.worker, None)
+                self._heard_at.pop(relay.worker, None)
         relay.close()
+
+    def note_owner(self, relay: Relay) -> None:
+        """*relay* has found its worker."""
+        if relay.worker is not None:
+            self._of_worker.setdefault(relay.worker, set()).add(relay)
+            self._heard_at.setdefault(relay.worker, self._loop.time())
+
+    def owing(self) -> list[tuple[WorkerId, float]]:
+        """The workers whose frames are waited for, and when each was heard last, by the loop's clock."""
+        return list(self._heard_at.items())
+
+    def miss(self, worker: WorkerId) -> None:
+        """*worker*'s connection is gone."""
+        for relay in self._of_worker.get(worker, ()):
+            relay.miss()
 
     def lose(self, worker: WorkerId) -> None:
         """*worker* is gone: what it was doing ends with an error."""
-        for relay in self._relays.values():
-            if relay.worker == worker:
-                relay.fail(WorkerLost())
+        for relay in self._of_worker.get(worker, ()):
+            relay.fail(WorkerLost())
 
     def rouse_waiting(self) -> None:
         """Those whose job nobody has taken yet may want to look elsewhere: other routes are served now than before."""
@@ -249,8 +285,8 @@ class Switchboard:
             if relay.worker is None:
                 relay.rouse()
 
-    def command(self, worker: WorkerId, command: Cancel | Resend) -> None:
-        """Sends *command* to *worker*, without waiting."""
+    def command(self, worker: WorkerId, command: Cancel | Resend | Take) -> None:
+        """Sends *command* to *worker*, without waiting. One that NATS wouldn't take is dropped: it would cost the connection."""
         self.spawn(self._command(worker, command))
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> None:
@@ -259,9 +295,13 @@ class Switchboard:
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
-    async def _command(self, worker: WorkerId, command: Cancel | Resend) -> None:
+    async def _command(self, worker: WorkerId, command: Cancel | Resend | Take) -> None:
+        encoded = codec.encode(command)
+        if isinstance(command, Take) and len(encoded) > self._connection.max_payload:
+            log.warning("command_too_large", command=type(command).__name__, bytes=len(encoded))
+            return
         try:
-            await self._connection.say(subjects.ctl(worker), codec.encode(command))
+            await self._connection.say(subjects.ctl(worker), encoded)
         except BusUnavailable as error:
             log.warning("command_not_sent", command=type(command).__name__, error=error.message)
 
@@ -276,6 +316,8 @@ class Switchboard:
                 relay.fail(FrameGap())
             return
         wanted = relay is not None and relay.feed(frame, len(msg.data), worker=worker)
+        if worker in self._heard_at:
+            self._heard_at[worker] = self._loop.time()
         if not wanted and isinstance(frame, Started | Delta):
             # Nobody listens: a client that left before its job was taken, an attempt that was given up, or a second one.
             self.command(worker, Cancel(nonce=nonce, reason="not_wanted"))

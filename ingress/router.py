@@ -13,6 +13,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from bus.control import ControlFeed
+from ingress.continuing import Continuing
+from ingress.delivered import Delivered
 from ingress.fleet import Fleet, Offer
 from ingress.moment import Moment
 from ingress.policy.routing import NO_RULES, Asked, Leg, Plan, Rules, plan
@@ -100,6 +102,10 @@ class Router:
         """What the operator states for *leg*'s route."""
         stated = self._stated.get(leg.route)
         return NOT_SAID if stated is None else stated.timeouts
+
+    def continuing(self, request: ChatRequest, body: bytes, plan: Plan) -> Continuing:
+        """For an answer of *plan* that may break off."""
+        return Continuing(Delivered(request, body), plan.legs, fleet=self._fleet, clock=self._clock)
 
     def p95_ttft_us(self, leg: Leg, *, stream: bool) -> int | None:
         """How long 95 of 100 first chunks take to come from *leg* at most; None while too few have come.

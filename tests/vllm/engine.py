@@ -56,7 +56,7 @@ SERVE_OPTIONS = (
     "--enable-auto-tool-choice",
     *("--tool-call-parser", "hermes"),
     *("--reasoning-parser", "hy_v3"),  # splits off reasoning only where the request asks for it
-    # A model that knows six sentences may write white space for ever where the grammar lets it.
+    # A model that knows seven sentences may write white space for ever where the grammar lets it.
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 

@@ -1,4 +1,4 @@
-"""A chat model of 0.5 MB that knows six conversations by heart and nothing else.
+"""A chat model of 0.5 MB that knows seven conversations by heart and nothing else.
 
     python tests/vllm/tiny_model.py FOLDER
 
@@ -76,7 +76,8 @@ ROME_AND_OSLO = Conversation(
     tools=(WEATHER_TOOL,),
 )
 AS_JSON = Conversation(question="Paris as JSON", answer='{"city":"Paris","celsius":21}')
-CONVERSATIONS = (HELLO, COUNT, THINK, PARIS, ROME_AND_OSLO, AS_JSON)
+GREETING = Conversation(question="greet", answer="Grüße, 世界! 🙂👍 Ça va? ✓ Ünïcödé — Ω")
+CONVERSATIONS = (HELLO, COUNT, THINK, PARIS, ROME_AND_OSLO, AS_JSON, GREETING)
 
 
 def make_model(folder: Path) -> None:
@@ -105,7 +106,9 @@ def make_tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for c in CONVERSATIONS for text in (c.question, c.answer)), trainer)
+    # The greeting is left out, so that each of its characters is spelled in several tokens.
+    known = (text for c in CONVERSATIONS if c is not GREETING for text in (c.question, c.answer))
+    tokenizer.train_from_iterator(known, trainer)
     # Marks that the engine's parsers look for in the text: one token each, and not hidden from it.
     marks = ("<tool_call>", "</tool_call>", "<think>", "</think>")
     tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])

@@ -30,7 +30,7 @@ ERROR_BODY_BYTES_MAX = 64 * 1024
 MODELS_TIMEOUT_S = 10.0
 MODELS_BYTES_MAX = 8 * 1024 * 1024
 
-_STREAM, _JSON = "text/event-stream", "application/json"
+STREAM, _JSON = "text/event-stream", "application/json"
 UNTYPED = (
     None,
     "text/plain",
@@ -112,7 +112,7 @@ class OpenAI(Provider):
         patience = Patience(first_s=within_s, idle_s=within_s, total_s=within_s, clock=clock)
         answer = await self._upstream.ask(method, path, body=body, patience=patience)
         try:
-            await _must_be(_JSON, answer, patience)
+            await must_be(_JSON, answer, patience)
             return await answer.read_all(max_bytes, patience)
         finally:
             answer.close()
@@ -145,7 +145,7 @@ class OpenAI(Provider):
         patience = self._patience(job)
         answer = await self._ask(job, patience)
         try:
-            await _must_be(_STREAM, answer, patience)
+            await must_be(STREAM, answer, patience)
             at_end = False
             while not (reader.done or at_end):
                 data = await answer.read(patience)
@@ -171,7 +171,7 @@ class OpenAI(Provider):
         reader = self._reader()
         reader.habits.request = job.body
         try:
-            await _must_be(_JSON, answer, patience)
+            await must_be(_JSON, answer, patience)
             body = await answer.read_all(self._settings.max_response_bytes, patience)
             chunk = reader.body(body)
         finally:
@@ -197,7 +197,7 @@ class OpenAI(Provider):
         return Patience.with_job(job.timeouts, self._settings, clock=asyncio.get_running_loop().time)
 
 
-async def _must_be(content_type: str, answer: UpstreamAnswer, patience: Patience) -> None:
+async def must_be(content_type: str, answer: UpstreamAnswer, patience: Patience) -> None:
     """Raises: what the answer is, if it isn't a success of this type."""
     stated = answer.content_type
     if answer.status == 200 and stated in (content_type, *UNTYPED):

@@ -23,7 +23,7 @@ _NULL = NULL  # itself: what isn't there is told by identity
 _QUOTES_BYTES = 2
 _OURS = ("object", "created", "model", "obfuscation")  # the ingress pads by itself
 _OF_NO_INTEREST = frozenset({"system_fingerprint", "service_tier"})  # when they come alone
-_FAILED = frozenset({"abort", "error"})  # how vLLM and SGLang end a generation that went wrong
+GIVEN_UP = frozenset({"abort", "error"})  # how vLLM and SGLang end a generation that went wrong
 
 
 class _Text(Struct, gc=False):
@@ -161,7 +161,7 @@ class ChunkReader:
             if reason is None:
                 self._open.add(choice.index)
                 continue
-            if reason in _FAILED:
+            if reason in GIVEN_UP:
                 raise ProviderFailed(f"The provider gave the generation up (finish_reason {reason!r}).")
             self._open.discard(choice.index)
             self._finished = True

@@ -16,9 +16,11 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import structlog
+from msgspec import Raw
+from msgspec.structs import replace
 
-from schemas.errors import Fault, ProviderFailed, ProviderNonsense, ProviderUnreachable, SetupError
-from schemas.jobs import EngineStats, Job, ModelFingerprint
+from schemas.errors import Fault, NotContinued, ProviderFailed, ProviderNonsense, ProviderUnreachable, SetupError
+from schemas.jobs import Continues, EngineStats, Job, ModelFingerprint
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
 from workers.engine.engine import Engine, EngineCommand, engine_files
 from workers.engine.fingerprint import fingerprint_of
@@ -26,7 +28,9 @@ from workers.providers.base import Chunk, Tell
 from workers.providers.openai import OpenAI, address, first_key, rewritten
 from workers.providers.openai_chunks import ChunkReader
 from workers.providers.vllm_chunks import VllmChunkReader
+from workers.providers.vllm_continuation import prefix_body, read_request, why_not_exact
 from workers.providers.vllm_metrics import SEQUENCES_MAX
+from workers.providers.vllm_onward import find_seam, go_on
 from workers.providers.vllm_powers import Powers, empowered, probe
 from workers.providers.vllm_server import Health, VllmServer
 
@@ -88,6 +92,7 @@ class Vllm(OpenAI):
         self._doubting: asyncio.Task[None] | None = None
         self._doubted = asyncio.Event()
         self._fingerprint: ModelFingerprint | None = None
+        self._detokenizes = False
 
     @classmethod
     def from_route(cls, route: RouteSettings, settings: WorkerSettings) -> Vllm:
@@ -129,6 +134,11 @@ class Vllm(OpenAI):
     def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002 - an engine serves one
         return self._fingerprint
 
+    def continues(self, model: str) -> Continues:  # noqa: ARG002 - an engine serves one
+        if self._exact:
+            return Continues.EXACT
+        return Continues.PREFIX if self.powers.prefix else Continues.NO
+
     def slots(self) -> int | None:
         return self._server.room if self._says_room else None
 
@@ -152,7 +162,8 @@ class Vllm(OpenAI):
         try:
             if self._engine is not None:
                 await self._engine.need()
-            async with contextlib.aclosing(super().generate(job)) as chunks:
+            generated = super().generate(job) if job.continuation is None else self._go_on(job)
+            async with contextlib.aclosing(generated) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except (ProviderFailed, ProviderUnreachable, ProviderNonsense):
@@ -177,6 +188,40 @@ class Vllm(OpenAI):
 
     def _body(self, job: Job) -> bytes:
         return empowered(rewritten(job, self.upstream_model(job.model)), self.powers)
+
+    async def _go_on(self, job: Job) -> AsyncGenerator[Chunk, None]:
+        """Behind the tokens where they are known and all is understood that was asked, else behind the text. Raises: Fault."""
+        before, request = job.continuation, read_request(job)
+        assert before is not None  # noqa: S101 - it is what this is for
+        model = self.upstream_model(job.model)
+        seam = None
+        if self._exact and why_not_exact(job, request) is None:
+            seam = await find_seam(self._server, model, before)
+        if seam is not None:
+            chunks = go_on(
+                job,
+                request,
+                seam,
+                server=self._server,
+                upstream=self._upstream,
+                patience=self._patience(job),
+                upstream_model=model,
+                context_tokens=self._server.context_tokens or 0,
+                max_event_bytes=self._settings.max_event_bytes,
+            )
+        elif not (before.text or before.reasoning):
+            chunks = super().generate(job)  # nothing of it was told yet
+        elif before.reasoning or not self.powers.prefix:
+            raise NotContinued
+        else:
+            chunks = super().generate(replace(job, body=Raw(prefix_body(job.body, before, request))))
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+
+    @property
+    def _exact(self) -> bool:
+        return self.powers.token_ids and self._detokenizes and self._server.context_tokens is not None
 
     def _on_engine(self, reason: str | None) -> None:
         """Our engine's word. A fresh one is probed before it takes jobs."""
@@ -213,6 +258,7 @@ class Vllm(OpenAI):
                     self._tell(f"the server failed its test request: {fault.message}")
                     await asyncio.sleep(LOOK_EVERY_S)
             await self._server.learn(model)
+            self._detokenizes = await self._server.text_of(model, (1,)) is not None
             self._fingerprint = await asyncio.to_thread(fingerprint_of, self._served)
         finally:
             self._running -= 1

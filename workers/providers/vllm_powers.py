@@ -22,6 +22,7 @@ PRIORITY_MAX = 2**31 - 1
 
 _FLEX = b'"flex"'
 _TRUE = Raw(b"true")
+_ONWARD: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
 _IDS: dict[str, Any] = {"return_token_ids": True}
 _PRIORITY: dict[str, Any] = {"priority": FLEX_PRIORITY}
 
@@ -34,6 +35,15 @@ class _Answer(Struct):
     choices: tuple[_Choice, ...]
 
 
+class _Size(Struct):
+    prompt_tokens: int = 0
+
+
+class _Sized(Struct):
+    usage: _Size
+
+
+_sized = msgspec.json.Decoder(_Sized).decode
 _answer = msgspec.json.Decoder(_Answer).decode
 _members = msgspec.json.Decoder(dict[str, Raw]).decode
 _number = msgspec.json.Decoder(int).decode
@@ -48,6 +58,7 @@ class Powers:
     priority: bool = (
         False  # it knows the member; whether it obeys is up to its --scheduling-policy, which it doesn't tell
     )
+    prefix: bool = False  # it goes on with a last message of the assistant's, and doesn't answer it
 
 
 async def probe(server: OpenAI, model: str) -> Powers:
@@ -62,9 +73,26 @@ async def probe(server: OpenAI, model: str) -> Powers:
         except ProviderRejected:  # perhaps only for what it doesn't know
             continue
         knows = _has_ids(answer)  # else it ignores what it doesn't know, and priority would be among that
-        return Powers(token_ids=knows, priority=knows and "priority" in wanted)
+        prefix = await _goes_on(server, asked)
+        return Powers(token_ids=knows, priority=knows and "priority" in wanted, prefix=prefix)
     await _ask(server, asked)
-    return Powers()
+    return Powers(prefix=await _goes_on(server, asked))
+
+
+async def _goes_on(server: OpenAI, asked: dict[str, Any]) -> bool:
+    """Whether it goes on with an answer: the prompt is shorter then than one that opens another answer behind it.
+
+    A server that ignores what it doesn't know counts the same prompt twice.
+    """
+    messages = [*asked["messages"], {"role": "assistant", "content": "Hi"}]
+    sizes: list[int] = []
+    for wanted in (_ONWARD, {}):
+        try:
+            answer = await _ask(server, {**asked, "messages": messages, **wanted})
+            sizes.append(_sized(answer).usage.prompt_tokens)
+        except (ProviderRejected, msgspec.MsgspecError, UnicodeDecodeError):
+            return False
+    return 0 < sizes[0] < sizes[1]
 
 
 async def _ask(server: OpenAI, body: dict[str, Any]) -> bytes:

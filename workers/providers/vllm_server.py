@@ -42,6 +42,12 @@ class _Cards(Struct):
     data: tuple[_Card, ...]
 
 
+class _Text(Struct):
+    prompt: str
+
+
+_encode = msgspec.json.encode
+_text = msgspec.json.Decoder(_Text).decode
 _cards = msgspec.json.Decoder(_Cards).decode
 
 
@@ -60,18 +66,20 @@ class VllmServer:
         self.stats: EngineStats | None = None
         self.room: int | None = None
         self.root: str | None = None  # what it was told to serve: a name or a folder
+        self.context_tokens: int | None = None
         base_url = base_url.rstrip("/")
         root = base_url.removesuffix(API_PATH)
         self._models_path = f"{base_url[len(root) :]}/models"
         self._sequences_max = sequences_max
         self._tells = True  # it has numbers, as far as is known
-        self._upstream = Upstream(root, headers, max_concurrency=CONNECTIONS_MAX, settings=settings, socket=socket)
+        sent = {"Content-Type": "application/json", **headers}
+        self._upstream = Upstream(root, sent, max_concurrency=CONNECTIONS_MAX, settings=settings, socket=socket)
 
     async def learn(self, model: str) -> None:
         """To be called when it has (again) become ready: what it serves, and how much room it has."""
         self.stats, self.room, self._tells = None, None, True
         card = await self._card(model)
-        self.root = card.root
+        self.root, self.context_tokens = card.root, card.max_model_len
         body = await self._get("/metrics")
         numbers = None if body is None else read(body.decode(errors="replace"))
         self._tells = numbers is not None
@@ -94,6 +102,14 @@ class VllmServer:
             return Health.UNKNOWN
         return {200: Health.UP, 503: Health.DEAD}.get(status, Health.UNKNOWN)
 
+    async def text_of(self, model: str, ids: tuple[int, ...]) -> str | None:
+        """What its tokenizer makes of *ids*; None if it doesn't say."""
+        try:
+            status, body = await self._ask("/detokenize", _encode({"model": model, "tokens": ids}))
+            return _text(body).prompt if status == 200 else None
+        except (Fault, msgspec.MsgspecError):
+            return None
+
     async def aclose(self) -> None:
         await self._upstream.aclose()
 
@@ -112,11 +128,11 @@ class VllmServer:
             return None
         return body if status == 200 else None
 
-    async def _ask(self, path: str) -> tuple[int, bytes]:
+    async def _ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Raises: Fault."""
         clock = asyncio.get_running_loop().time
         patience = Patience(first_s=ANSWER_WAIT_S, idle_s=ANSWER_WAIT_S, total_s=ANSWER_WAIT_S, clock=clock)
-        answer = await self._upstream.ask("GET", path, patience=patience)
+        answer = await self._upstream.ask("GET" if body is None else "POST", path, body=body, patience=patience)
         try:
             return answer.status, await answer.read_some(ANSWER_BYTES_MAX, patience)
         finally:
