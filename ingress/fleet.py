@@ -77,11 +77,19 @@ class Load:
     free: int = 0
     running: int = 0  # of this ingress
     begun: int = 0
+    workers: int = 0
+    held: int = 0  # workers that let jobs wait for a while
+    why_held: str = ""
 
     @property
     def taken(self) -> int:
         """How many slots are, as far as can be known here: what others began since isn't."""
         return max(self.slots - self.free + self.begun, self.running, 0)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether all its workers let jobs wait: the account's limits are used up."""
+        return 0 < self.workers <= self.held
 
 
 class Fleet:
@@ -255,6 +263,10 @@ class Fleet:
                 load.slots += sign * offer.slots
                 load.free += sign * offer.free
                 load.begun = 0
+                load.workers += sign
+                if offer.held is not None:
+                    load.held += sign
+                    load.why_held = offer.held
 
     def _index(self) -> None:
         offers: dict[str, dict[RouteId, Offer]] = {}

@@ -53,7 +53,9 @@ class Moment:
         return self._seen.last_minute.tokens(candidate.route, now=self._now)
 
     def is_open(self, route: RouteId, model: str) -> bool:
-        return self._seen.cooldowns.is_open(route, model, now=self._now)
+        return self._seen.is_open(route, model, now=self._now)
 
     def why(self, route: RouteId, model: str) -> str:
-        return self._seen.cooldowns.why(route, model, now=self._now)
+        cooling = self._seen.cooldowns.why(route, model, now=self._now)
+        load = self._seen.load(route)
+        return cooling or (f"its jobs wait: {load.why_held}" if load.is_held else "")

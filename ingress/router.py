@@ -91,8 +91,8 @@ class Router:
         return Trip(self._seen, leg, stream=stream)
 
     def is_up(self, leg: Leg) -> bool:
-        """Whether an attempt may begin at *leg*: not while it cools down, nor while another one probes it."""
-        return self._seen.cooldowns.is_open(leg.route, leg.model, now=self._clock())
+        """Whether an attempt may begin at *leg*: not while it cools down, another one probes it, or its limits are used up."""
+        return self._seen.is_open(leg.route, leg.model, now=self._clock())
 
     def servers(self, leg: Leg) -> AbstractSet[WorkerId]:
         """The workers that serve *leg* now."""

@@ -41,6 +41,10 @@ class Seen:
         self.last_minute = LastMinute()
         self.cooldowns = Cooldowns(first_s=settings.cooldown_s, longest_s=settings.cooldown_max_s)
 
+    def is_open(self, route: RouteId, model: str, *, now: float) -> bool:
+        """Whether an attempt may begin there: it doesn't cool down, nobody probes it, and its jobs needn't wait for its limits."""
+        return self.cooldowns.is_open(route, model, now=now) and not self.load(route).is_held
+
 
 class Trip:
     """It begins when it is made, perhaps speaks, perhaps fails, and ends."""

@@ -284,6 +284,22 @@ async def test_the_load_is_what_workers_say_and_what_began_since() -> None:
     assert made.fleet.load(RouteId("a")).slots == 10
 
 
+async def test_a_route_whose_jobs_wait_for_its_limits_is_a_last_resort() -> None:
+    """Unless another of its workers takes them."""
+    made = Deployment()
+    await made.hears(offer("a", held="rate_limited"), offer("b"))
+    plan = made.plan()
+    assert plan.routes == ("b", "a")
+    assert plan.legs[1].why == "not ranked; its jobs wait: rate_limited"
+    assert not made.router.is_up(plan.legs[1])
+    await made.hears("a", worker=OTHER)
+    assert made.plan().routes == ("a", "b")
+    await made.hears(worker=OTHER, state=WorkerState.GONE)
+    assert made.plan().routes == ("b", "a")
+    await made.hears("a", "b")
+    assert made.plan().routes == ("a", "b")
+
+
 async def test_usage_is_what_was_answered_in_the_last_minute() -> None:
     made = Deployment(strategy="usage_based")
     await made.hears("a", "b")
