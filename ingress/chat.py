@@ -30,13 +30,14 @@ from schemas.errors import (
     BodyTooLarge,
     LogUnavailable,
     MethodNotAllowed,
+    NoAllowedRoute,
     Overloaded,
     PenstockError,
     QueueUnavailable,
     RequestTimeout,
 )
-from schemas.events import RequestRejected
-from schemas.ids import EventId, OrgId, RequestId, new_id
+from schemas.events import LeftOutLeg, RequestRejected
+from schemas.ids import EventId, OrgId, RequestId, RouteId, new_id
 from schemas.settings import IngressSettings
 
 log = structlog.get_logger()
@@ -177,6 +178,7 @@ class ChatCompletions:
             http_status=CLIENT_LEFT_STATUS if left else problem.status,
             stream=request is not None and request.stream,
             body_bytes=len(visit.body),
+            left_out=_left_out(error),
         )
         try:
             await self._services.log.record(event, within_s=RECORD_FAILURE_WAIT_S)
@@ -209,6 +211,13 @@ async def _drain(receive: Receive) -> None:
         async with asyncio.timeout(DRAIN_S):
             while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
                 pass
+
+
+def _left_out(error: PenstockError) -> tuple[LeftOutLeg, ...]:
+    """The places that the request could have gone to, had it allowed one."""
+    if not isinstance(error, NoAllowedRoute):
+        return ()
+    return tuple(LeftOutLeg(route=RouteId(route), model=model, why=why) for route, model, why in error.left_out)
 
 
 def prompt_hash(org: OrgId, messages: bytes) -> str:

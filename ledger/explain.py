@@ -86,7 +86,8 @@ def words(event: AnyEvent) -> str:  # noqa: PLR0911 - one for each kind
                 f"plan {_plan(event)}; {_price(event.price)}{_left_out(event)}"
             )
         case RequestRejected():
-            return f"rejected with {event.http_status} {event.code}{_of_key(event.key_id)}{_of_model(event.model)}"
+            who = f"{_of_key(event.key_id)}{_of_model(event.model)}"
+            return f"rejected with {event.http_status} {event.code}{who}{_left_out(event)}"
         case AttemptStarted():
             return f"attempt {event.epoch} started at {event.worker} on {event.route} after {_ms(event.queue_us)} in the queue"
         case AttemptLost():
@@ -126,7 +127,7 @@ def _plan(event: RequestAccepted) -> str:
     return " → ".join(legs)
 
 
-def _left_out(event: RequestAccepted) -> str:
+def _left_out(event: RequestAccepted | RequestRejected) -> str:
     told = [
         f"{leg.route or 'all routes'}{'' if leg.model == event.model else f' as {leg.model}'} ({leg.why})"
         for leg in event.left_out

@@ -102,6 +102,17 @@ class NoAllowedRoute(NotFound):
 
     code = "no_allowed_route"
 
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        left_out: tuple[tuple[str, str, str], ...] = (),
+    ) -> None:
+        """*left_out* are routes, each with the model and the reason."""
+        super().__init__(message, param=param)
+        self.left_out = left_out
+
 
 class MethodNotAllowed(RequestError):
     """This method is not allowed here."""

@@ -63,6 +63,7 @@ class RequestRejected(Event, frozen=True, kw_only=True, tag="request.rejected"):
     http_status: int
     stream: bool = False
     body_bytes: int = 0
+    left_out: tuple[LeftOutLeg, ...] = ()  # the first of the places that the request didn't allow
 
 
 class AttemptStarted(Event, frozen=True, kw_only=True, tag="attempt.started"):

@@ -218,7 +218,11 @@ def _nothing(asked: Sequence[Asked], rules: Rules, left_out: Sequence[LeftOut]) 
     refused = [entry for entry in left_out if entry.route]
     told_of = [entry for entry in refused if not entry.why.startswith(BY_KEY)]  # the others are none of its business
     if told_of:
-        return NoAllowedRoute(f"No route for {names} is allowed: {_reasons(told_of)}.", param="provider")
+        return NoAllowedRoute(
+            f"No route for {names} is allowed: {_reasons(told_of)}.",
+            param="provider",
+            left_out=tuple((entry.route, entry.model, entry.why) for entry in left_out[:LEFT_OUT_MAX]),
+        )
     if refused:
         return Forbidden(f"This key allows no route for {names}, or none at its price.", param="model")
     if any(each.why_away or each.away for each in asked):

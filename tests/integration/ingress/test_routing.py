@@ -162,6 +162,7 @@ async def test_wishes_that_can_not_be_met_say_so(
     assert said in error.message
     (event,) = up.of(None, "request.rejected")
     assert f"{event['http_status']} {event['code']}" == told
+    assert {entry["route"] for entry in event["left_out"]} == (set(PRICES) if "404" in told else set())
     assert not any(place.mock.seen for place in up.places.values())
 
 

@@ -25,6 +25,7 @@ def test_the_corpus_projects_into_the_views(store: Store, log: Log) -> None:
         3: "rejected",
         4: "rejected",
         0x62: "open",
+        0x63: "rejected",
     }
     first = found[1]
     assert first["cost_usd"] == Decimal("1.234567890123")

@@ -45,6 +45,12 @@ def test_a_plan_is_told_with_its_reasons_and_what_was_left_out() -> None:
     )
 
 
+def test_a_rejection_tells_the_places_that_were_not_allowed() -> None:
+    left_out = (LeftOutLeg(route=RouteId("r1"), model="m", why="price unknown"),)
+    (moment,) = tell(ID, [samples.rejected(code="no_allowed_route", http_status=404, left_out=left_out)]).moments
+    assert moment.text.endswith("left out: r1 (price unknown)")
+
+
 def test_a_cause_comes_before_its_effect_whatever_the_clocks_say() -> None:
     """A worker's clock may run behind the ingress's."""
     events = [samples.accepted(), samples.started(), samples.receipt(ts_ns=samples.NOON_NS - 5), samples.finished()]
