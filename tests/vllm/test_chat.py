@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -33,6 +35,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "reasoning": ask(THINK, reasoning_effort="low"),
     "fields that only the engine knows": ask(HELLO, max_tokens=30, extra_body={"ignore_eos": True, "min_tokens": 5}),
 }
+LEAVES = 20
+FREED_MAX_S = 0.2  # in the median; the target is 50 ms, and this holds on a busy machine too
+LEFT_MAX_S = 3.0
 every_way = pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
 every_answer = pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda c: c.question)
 
@@ -160,6 +165,23 @@ async def test_streams_run_at_the_same_time(async_client: AsyncOpenAI, engine: E
     await eventually(lambda: engine.metric(RUNNING) == SLOTS, what="a full engine")
     await asyncio.gather(*(stream.close() for stream in streams))
     await eventually(lambda: engine.metric(RUNNING) == 0, what="a free engine")
+
+
+def test_leaving_frees_the_engines_slot_at_once(client: OpenAI, engine: Engine) -> None:
+    """From the client's closing of its connection to the engine's own count of what it runs, through all of Penstock."""
+    freed_s = []
+    for _ in range(LEAVES):
+        stream = client.chat.completions.create(**endless(COUNT, tokens=LONG), stream=True)
+        next(stream)
+        assert engine.metric(RUNNING) == 1
+        left_at = time.monotonic()
+        stream.close()
+        while engine.metric(RUNNING):
+            assert time.monotonic() - left_at < LEFT_MAX_S
+        freed_s.append(time.monotonic() - left_at)
+    told = ", ".join(f"{each * 1000:.1f}" for each in freed_s)
+    sys.stdout.write(f"freed after ms: {told}\n")
+    assert sorted(freed_s)[LEAVES // 2] < FREED_MAX_S, told
 
 
 async def collected(client: AsyncOpenAI, asked: dict[str, Any]) -> list[ChatCompletionChunk]:
