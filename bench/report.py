@@ -18,7 +18,8 @@ QUIET_SHARE = 0.05  # foreign work above this share of the machine makes a run d
 HEADER = """# Benchmark results
 
 Written by `make bench`, `make bench-vllm` and `make soak`; `bench/run.py` and `bench/vllm.py` say how it is measured. Load
-generator, provider and all entrants share one machine, so read the ratios: they are what the targets are set on. The absolute numbers are this machine's.
+generator, provider and all entrants share one machine, so read the ratios: they are what the targets are set on. The absolute
+numbers are this machine's.
 """
 
 
