@@ -50,6 +50,7 @@ discover = false
 
 [ledger]
 port = {ledger_port}
+{ledger_more}
 
 [[routes]]
 id = "rented"
@@ -61,6 +62,10 @@ max_concurrency = {slots}
 name = "rented"
 price = {{ input = 0.15, cached_input = 0.075, output = 0.60 }}
 """
+LEDGER = """\
+ingress_silence_s = 6.0
+receipt_wait_s = 4.0
+"""  # shorter than by default: an ingress that is stopped for long is taken for dead, and fenced off
 ENGINE = """
 [[routes]]
 id = "owned"
@@ -231,6 +236,7 @@ class Deployment:
         text = CONFIG.format(
             replicas=1 if self.plan.servers == 1 else 3,
             ledger_port=self._ports[name],
+            ledger_more=LEDGER if name.startswith("ledger") else "",
             provider_port=provider_port,
             slots=self.plan.slots,
         )

@@ -14,21 +14,7 @@ from tests.faults.runner import Orders, Result, Run
 from tests.measured import measured
 
 SEED = 4
-SEEN, UNSEEN = 60, 20  # faults
-SURVIVED = (
-    *(
-        "kill-worker",
-        "kill-ledger",
-        "kill-engine",
-        "kill-nats",
-        "stop-*",
-        "disk-full",
-        "restart-worker",
-        "restart-ledger",
-    ),
-    *("clock-*", "cut-*", "halve-*", "freeze-*", "delay-*"),
-)
-
+SEEN, UNSEEN = 50, 15  # faults
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -38,8 +24,8 @@ async def up(tmp_path: Path) -> AsyncIterator[Deployment]:
         yield made
 
 
-async def _strike(up: Deployment, *only: str, faults: int, unseen: bool = False) -> Result:
-    kinds = [fault for fault in chosen(only, servers=1, engines=True) if fault.unseen or not unseen]
+async def _strike(up: Deployment, *, faults: int, unseen: bool = False) -> Result:
+    kinds = [fault for fault in chosen((), servers=1, engines=True) if fault.unseen or not unseen]
     result = await Run(up, Orders(faults=faults, kinds=kinds, seed=SEED, round_size=faults)).to_the_end()
     measured("faults", faults)
     measured("requests", result.requests)
@@ -52,8 +38,8 @@ def _is_clean(result: Result) -> None:
 
 
 async def test_faults_lose_duplicate_and_falsify_nothing(up: Deployment) -> None:
-    _is_clean(await _strike(up, *SURVIVED, faults=SEEN))
+    _is_clean(await _strike(up, faults=SEEN))
 
 
 async def test_faults_that_two_of_each_role_absorb_are_noticed_by_no_client(up: Deployment) -> None:
-    _is_clean(await _strike(up, *SURVIVED, faults=UNSEEN, unseen=True))
+    _is_clean(await _strike(up, faults=UNSEEN, unseen=True))
