@@ -110,8 +110,8 @@ class WireServer(ABC):
         if not self.streams(request, seen.body):
             for place in range(script.tokens):
                 await self._before(place, script, request)
-            return web.json_response(self.whole(script))
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            return web.json_response(self.whole(script), headers=script.headers)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", **script.headers})
         await response.prepare(request)
         async for event in self._events(script, request):
             await response.write(event)

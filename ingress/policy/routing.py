@@ -197,7 +197,7 @@ def _named_first(placed: list[Placed], first: Sequence[str]) -> list[Placed]:
 
 
 def _cooling_last(placed: list[Placed], standings: Standings) -> list[Placed]:
-    """A place that cools down is a last resort: better than none, and worse than any other."""
+    """A place that cools down, or is held, is a last resort: better than none, and worse than any other."""
     return sorted(placed, key=lambda entry: not standings.is_open(entry[0].route, entry[0].model))
 
 

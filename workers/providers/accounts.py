@@ -112,6 +112,8 @@ class Accounts(Provider):
                 self._ring.kill(self._clock(), key, "can't be read")
         self._health = Health(self._rules.health, first_token_max_s=route.first_token_max_s, dice=self._rules.dice)
         self._expected = Expected()
+        self._waiting = 0  # attempts, for room
+        self._wanted = 1  # tokens of the job that was refused last: as long as they have no room, none comes
         self._promised: dict[Nonce, tuple[Grant, float]] = {}
         self._tell: Tell = lambda _: None
         self._hold: Hold = lambda _: None
@@ -175,10 +177,13 @@ class Accounts(Provider):
         raise refused or ProviderAuth
 
     def admit(self, job: Job) -> bool:
-        """Gives the job its key now if there is room, or very soon; `generate` uses that."""
-        now = self._clock()
-        found = self._ring.grant(now, self._expected.tokens(job))
+        """Gives the job its key now if there is room, or very soon; `generate` uses that. Whoever waits already comes first."""
+        if self._waiting:
+            return False
+        now, self._wanted = self._clock(), self._expected.tokens(job)
+        found = self._ring.grant(now, self._wanted)
         if isinstance(found, Grant):
+            self._wanted = 1
             self._forget_promises(now)
             self._promised[job.nonce] = (found, now)
             return True
@@ -198,7 +203,7 @@ class Accounts(Provider):
             dice=self._rules.dice,
         )
         promised = self._promised.pop(job.nonce, None)
-        grant = promised[0] if promised else await self._room(job, tries)
+        grant = promised[0] if promised else await self._wait_for_room(job, tries)
         while True:
             tries.count += 1
             heard = _Heard(self._clock())
@@ -217,7 +222,7 @@ class Accounts(Provider):
             finally:
                 self._ended(job, grant, heard)
             await asyncio.sleep(pause_s)
-            grant = await self._room(job, tries)
+            grant = await self._wait_for_room(job, tries)
 
     async def aclose(self) -> None:
         if self._timer is not None:
@@ -231,6 +236,14 @@ class Accounts(Provider):
         assert provider is not None  # noqa: S101 - a key that can't be read is dead
         _grant.set(grant)
         return provider.generate(_within(job, self._clock(), tries))
+
+    async def _wait_for_room(self, job: Job, tries: Tries) -> Grant:
+        """Raises: Fault."""
+        self._waiting += 1
+        try:
+            return await self._room(job, tries)
+        finally:
+            self._waiting -= 1
 
     async def _room(self, job: Job, tries: Tries) -> Grant:
         """A grant for the next try, waited for as long as is worth it. Raises: Fault."""
@@ -300,7 +313,7 @@ class Accounts(Provider):
         """Tells the worker what has changed: whether the route is down, or its jobs are held; and looks again when it may change."""
         self._prober.wake()
         now = self._clock()
-        found = self._ring.look(now)
+        found = self._ring.look(now, self._wanted)
         wait_s = found.until - now if isinstance(found, Wait) else 0.0
         down = held = None
         if found is None:

@@ -47,6 +47,7 @@ from schemas.settings import (
 from tests.mock_provider import MockProvider
 from tests.waiting import eventually
 from workers.providers import make_provider
+from workers.providers.accounts import Rules
 from workers.worker import Route, Worker
 
 CLIENT_KEY = "sk-test-client-0123456789"
@@ -249,14 +250,14 @@ async def ingress_up(
 
 @contextlib.asynccontextmanager
 async def worker_up(
-    nats_url: str, route: RouteSettings, *, settings: WorkerSettings | None = None
+    nats_url: str, route: RouteSettings, *, settings: WorkerSettings | None = None, rules: Rules | None = None
 ) -> AsyncIterator[tuple[Worker, Route]]:
     name = WorkerId(new_name("worker"))
     settings = settings or WorkerSettings(drain_s=0.2)
     connection = await connect(nats_url, name=name)
     publisher = Publisher(connection)
     await publisher.start()
-    served = Route(route, make_provider(route, settings), route.models)
+    served = Route(route, make_provider(route, settings, rules=rules), route.models)
     worker = Worker(
         connection,
         EventLog(connection, publisher, producer=name),

@@ -31,6 +31,8 @@ from tests.integration.ingress.gateway import (
 )
 from tests.mock_provider import MockProvider, Quota
 from tests.waiting import eventually
+from workers.providers.accounts import Rules
+from workers.providers.keys import KeyRules
 
 KEYS = {"ONE": "sk-first-0123456789", "TWO": "sk-second-0123456789", "THREE": "sk-third-0123456789"}
 ONE, TWO, THREE = KEYS.values()
@@ -80,12 +82,12 @@ async def open_desk(
         monkeypatch.setenv(name, value)
     async with AsyncExitStack() as stack:
 
-        async def open_(*, worker: WorkerSettings | None = None, **changes: Any) -> Desk:
+        async def open_(*, worker: WorkerSettings | None = None, rules: Rules | None = None, **changes: Any) -> Desk:
             settings: RouteSettings = msgspec.structs.replace(route_settings(mock), **{"api_keys": LABELS, **changes})
             up = await stack.enter_async_context(
                 ingress_up(nats_server.url, settings=IngressSettings(), routes=(settings,))
             )
-            await stack.enter_async_context(worker_up(nats_server.url, settings, settings=worker))
+            await stack.enter_async_context(worker_up(nats_server.url, settings, settings=worker, rules=rules))
             await eventually(lambda: up.fleet.offers(MODEL), what="the worker's presence")
             return Desk(up, mock)
 
@@ -272,6 +274,52 @@ async def test_a_routes_requests_a_minute_are_never_more_and_the_others_wait_in_
     for task in asking:
         task.cancel()
     await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def test_held_jobs_go_on_when_the_minute_is_over(open_desk: OpenDesk, mock: MockProvider) -> None:
+    """A minute of two seconds: by the provider's own record there are never more than five requests in one."""
+    desk = await open_desk(requests_per_minute=5, rules=Rules(keys=KeyRules(minute_s=2.0)))
+    assert await all_answers(desk, 17, at_once=17) == ["one two three"] * 17
+    times = sorted(seen.at_s for seen in mock.seen)
+    assert [sum(first <= at < first + 2.0 for at in times) for first in times] == pytest.approx([3] * 17, abs=2)
+    assert (await desk.route())["state"] in {"serving", "held: its 5 requests a minute are used up"}
+
+
+async def test_tokens_a_minute_are_kept_to(open_desk: OpenDesk, mock: MockProvider) -> None:
+    """An answer of 50 tokens to a prompt of about 10: what was expected beforehand is put right by what was counted."""
+    desk = await open_desk(tokens_per_minute=600, rules=Rules(keys=KeyRules(minute_s=3.0)))
+    mock.script(tokens=50)
+    await all_answers(desk, 24, at_once=4)
+    times = sorted(seen.at_s for seen in mock.seen)
+    most = max(sum(first <= at < first + 3.0 for at in times) for first in times)
+    assert 4 <= most <= 12
+
+
+async def test_a_limit_that_lasts_takes_the_route_down_and_says_until_when(
+    open_desk: OpenDesk, mock: MockProvider
+) -> None:
+    desk = await open_desk(api_keys=LABELS[:1])
+    mock.script(status=429, headers={"retry-after": "7200"})
+    with pytest.raises(openai.RateLimitError) as caught:
+        await desk.ask()
+    assert 7100 < int(caught.value.response.headers["retry-after"]) <= 7200
+    await eventually(lambda: not desk.ingress.fleet.offers(MODEL), what="the route is down")
+    assert (await desk.route())["state"].startswith("down: the provider's rate limit is reached until 20")
+    assert len(mock.seen) == 1
+
+
+async def test_a_provider_that_begins_too_late_is_taken_down_where_that_is_stated(
+    open_desk: OpenDesk, mock: MockProvider
+) -> None:
+    desk = await open_desk(first_token_max_s=0.3)
+    mock.script(delay_s=0.8)
+    await asyncio.gather(*(desk.ask(stream=True) for _ in range(6)))
+    await eventually(lambda: not desk.ingress.fleet.offers(MODEL), what="the route is down")
+    row = await desk.route()
+    assert row["state"].startswith("down: it begins to answer after ")
+    assert row["health"]["first_token_ms"] >= 800
+    mock.script()
+    await eventually(lambda: desk.ingress.fleet.offers(MODEL), what="the route is back", timeout_s=15.0)
 
 
 async def test_what_a_provider_tells_of_its_limits_is_kept_to_before_it_says_429(

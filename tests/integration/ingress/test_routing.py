@@ -293,6 +293,16 @@ async def test_a_place_that_fails_is_left_alone_until_one_probe_is_answered(open
     assert await twenty() == {"first": 20}
 
 
+async def test_a_route_whose_limits_are_used_up_comes_after_the_others(open_routes: OpenRoutes) -> None:
+    up = await open_routes("first", "second", changes={"first": {"requests_per_minute": 2}})
+    assert [(await ask(up)).route for _ in range(2)] == ["first", "first"]
+    await eventually(lambda: up.ingress.fleet.load("first").is_held, what="presence that says so")  # type: ignore[arg-type]
+    assert {(await ask(up)).route for _ in range(5)} == {"second"}
+    accepted = up.of(None, "request.accepted")[-1]
+    assert accepted["plan"] == ["second", "first"]
+    assert "its 2 requests a minute are used up" in accepted["reasons"][1]
+
+
 async def test_a_place_that_cools_is_better_than_none(open_routes: OpenRoutes) -> None:
     up = await open_routes("first", routing={"cooldown_s": 30.0})
     up.mock("first").script(status=500)
