@@ -27,8 +27,9 @@ from bus.reader import OrderedReader
 from bus.server import die_with_parent, find_binary
 from bus.streams import ensure_streams
 from schemas import subjects
+from schemas.errors import LogUnavailable
 from schemas.events import RequestRejected
-from schemas.ids import EventId, RequestId, new_id
+from schemas.ids import EventId, IngressId, RequestId, new_id
 from schemas.settings import NatsSettings, load
 from schemas.upcasters import read_event
 from tests.waiting import eventually
@@ -79,7 +80,7 @@ async def test_events_outlive_the_server_that_leads_them(cluster: list[Server]) 
     await asyncio.gather(*(_once_elected(partial(ensure_streams, one, settings)) for one in connections))
     publisher = Publisher(connections[0])
     await publisher.start()
-    log = EventLog(connections[0], publisher, producer="test")
+    log = EventLog(connections[0], publisher, producer="test", fence=subjects.fence(IngressId("test")))
     reader = OrderedReader(connections[1], stream=subjects.EVENTS)
     await _once_elected(reader.start)
     await log.append(_event("before"))
@@ -98,11 +99,23 @@ async def test_events_outlive_the_server_that_leads_them(cluster: list[Server]) 
     await _once_elected(fresh.start)
     assert await _codes(fresh, 2) == ["before", "after"]
     assert await fresh.pending() == 0
+    await _assert_fenced(
+        log, EventLog(connections[0], publisher, producer="other", fence="events.fence.other"), publisher
+    )
     for closing in (reader, fresh):
         await closing.close()
     await publisher.stop()
     for connection in connections:
         await connection.close()
+
+
+async def _assert_fenced(log: EventLog, other: EventLog, publisher: Publisher) -> None:
+    """The stream's leader checks the condition before it proposes a page; several on their way don't hinder one another."""
+    await asyncio.gather(*(each.append(_event("between")) for _ in range(20) for each in (log, other)))
+    await publisher.publish(subjects.fence(IngressId("test")), b"", timeout_s=5.0)
+    with pytest.raises(LogUnavailable):
+        await log.append(_event("never"))
+    await other.append(_event("elsewhere"))
 
 
 async def _once_elected(work: Callable[[], Awaitable[None]]) -> None:
