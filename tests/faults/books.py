@@ -26,7 +26,7 @@ said AS (
     GROUP BY request_id
 )
 SELECT
-    s.request_id::VARCHAR AS request_id, r.status, r.code, r.http_status, r.prompt_hash, r.estimated, r.attempts,
+    s.request_id::VARCHAR AS request_id, r.status, r.code, r.http_status, r.prompt_hash, r.estimated, r.attempts, r.migrations,
     r.prompt_tokens, r.completion_tokens, r.cached_tokens, r.cost_usd::VARCHAR AS cost_usd,
     s.ingress, s.receipts, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
 FROM said AS s LEFT JOIN requests AS r ON r.request_id = s.request_id
@@ -75,6 +75,7 @@ def _entry(row: dict[str, Any]) -> Entry:
         cost_pico=pico(row["cost_usd"]),
         estimated=bool(row["estimated"]),
         attempts=row["attempts"] or 0,
+        migrations=row["migrations"] or 0,
         ingress=row["ingress"],
         receipts=row["receipts"],
         announced=row["announced"],

@@ -173,11 +173,10 @@ class Deployment:
     async def serving(self, *workers: Member) -> None:
         """Returns when every ingress offers all that *workers* serve; without them, all that every worker serves."""
         routes = {MODEL, *([ENGINE_MODEL] if self.plan.engines else [])}
-        wanted = {
-            ((each.told() or {}).get("worker"), route) for each in workers or self.named("worker") for route in routes
-        }
 
         async def offered() -> bool:
+            names = [(each.told() or {}).get("worker") for each in workers or self.named("worker")]
+            wanted = {(name, route) for name in names for route in routes}
             answers = [await self.admin(ingress, "/admin/v1/routes") for ingress in self.named("ingress")]
             serving = [
                 {(row["worker"], row["route"]) for row in answer["data"] if row["state"] == "serving"}

@@ -44,6 +44,7 @@ def ends(result: Result) -> Table:
     for name, count in told.most_common():
         table.add_row(name, f"{count:,}")
     table.add_row("completed by a later attempt", f"{sum(each.attempts_again for each in result.rounds):,}")
+    table.add_row("completed, continued at another worker", f"{sum(each.continued for each in result.rounds):,}")
     table.add_row("completed over several connections", f"{sum(each.resumed for each in result.rounds):,}")
     for code, count in codes.most_common():
         table.add_row(f"error {code}", f"{count:,}")

@@ -33,6 +33,7 @@ OUT = Path("build") / "faults" / "report.json"
 @click.option("--previous", is_flag=True, help="One ingress and one worker are of the previous release.")
 @click.option("--engines/--no-engines", default=True, show_default=True, help="Workers with engines of their own, too.")
 @click.option("--lanes", type=click.IntRange(1, 32), default=3, show_default=True, help="Faults at once.")
+@click.option("--steady", is_flag=True, help="One fault at a time, and the next when everybody serves again.")
 @click.option("--clients", type=click.IntRange(1, 1000), default=16, show_default=True)
 @click.option(
     "--round", "round_size", type=click.IntRange(1), default=200, show_default=True, help="Faults to a verdict."
@@ -48,6 +49,7 @@ def main(
     previous: bool,
     engines: bool,
     lanes: int,
+    steady: bool,
     clients: int,
     round_size: int,
     out: Path,
@@ -58,7 +60,15 @@ def main(
         kinds = chosen([name for name in only.split(",") if name], servers=int(servers), engines=engines)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    orders = Orders(faults=faults, kinds=kinds, seed=seed, round_size=round_size, lanes=lanes, clients=clients)
+    orders = Orders(
+        faults=faults,
+        kinds=kinds,
+        seed=seed,
+        round_size=round_size,
+        lanes=1 if steady else lanes,
+        clients=clients,
+        steady=steady,
+    )
     with tempfile.TemporaryDirectory(prefix="penstock-faults-") as temporary:
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

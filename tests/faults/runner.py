@@ -39,6 +39,7 @@ class Orders:
     round_size: int = 200
     lanes: int = 3  # faults at once
     clients: int = 16
+    steady: bool = False  # the next fault waits until everybody serves again
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Round:
     codes: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     attempts_again: int = 0  # requests that were completed by a later attempt
+    continued: int = 0  # streams that went on at another worker behind their first token
     resumed: int = 0  # streams that were completed over more than one connection
 
 
@@ -129,6 +131,8 @@ class Run:
             made.injected.append((struck_s, number, fault.name, told))
             self._on_fault()
             await asyncio.sleep(dice.uniform(*BETWEEN_S))
+            if self._orders.steady:
+                await self._up.serving()
 
     async def _inject(self, dice: Random, began: float) -> tuple[Fault, float, str]:
         """The fault that the dice choose; another one if there is nothing that it could strike at the moment."""
@@ -150,6 +154,7 @@ class Run:
         made.problems += self._complaints.new()
         if all(fault.unseen for fault in self._orders.kinds):
             made.problems += list(noticed(evidence))
+        made.continued = sum(entry.migrations > 0 and entry.status == "completed" for entry in evidence.entries)
         for record in records:
             made.ends[record.end] += 1
             if record.code is not None:

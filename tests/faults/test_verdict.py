@@ -146,6 +146,21 @@ def test_who_hung_up_is_billed_for_no_less_than_it_heard_and_no_more_than_was_ma
     assert (problems == []) is fine
 
 
+def test_a_refusal_while_the_log_is_away_may_die_with_its_ingress_and_an_answer_may_not() -> None:
+    refused = record(end=End.FAILED, status=503, code="queue_unavailable", text="", usage=None)
+    assert found([refused], [], []) == []
+    told = rules(found([replace(refused, code="upstream_error")], [], []))
+    assert told == {(Kind.LOST, "what a client was answered is in the ledger")}
+
+
+def test_who_was_cut_off_from_the_log_may_give_the_failure_another_name_but_must_not_call_it_a_success() -> None:
+    closed = {"status": "failed", "code": "ingress_lost", "http_status": 502, "completion_tokens": 0}
+    closed |= {"prompt_tokens": 0, "cached_tokens": 0}
+    failed = record(end=End.FAILED, code="stopping", text="", usage=None)
+    assert found([failed], entries=[entry(**closed)]) == []
+    assert (Kind.WRONG, "who was answered has completed") in rules(found([record()], entries=[entry(**closed)]))
+
+
 def test_what_nobody_lived_to_tell_may_be_billed_at_nothing() -> None:
     heard = record(end=End.BROKEN, text=text(1, 1), usage=None, finish_reason=None)
     closed = {

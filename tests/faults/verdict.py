@@ -16,6 +16,7 @@ from tests.faults.witness import Generation
 
 PICO_PER_DOLLAR = 10**12
 RETOLD = ("request_cancelled",)
+WHILE_THE_LOG_IS_AWAY = ("queue_unavailable", "log_unavailable", "stopping")
 ENDED = ("completed", "failed", "cancelled", "rejected")
 
 
@@ -48,6 +49,7 @@ class Entry:
     cost_pico: int = 0
     estimated: bool = False
     attempts: int = 1
+    migrations: int = 0
     ingress: str | None = None
     receipts: int = 0  # of workers
     announced: bool = True  # by an ingress that says that it is there; release 0.1.0's doesn't
@@ -172,10 +174,12 @@ def _may_speak(word: Word, place: int, said: Sequence[Generation], text: str) ->
 def _missing(record: Record, said: Sequence[Generation], receipts: frozenset[str]) -> Iterator[Problem]:
     """The ledger has no such request: as it should be for one that never arrived, or whose ingress died before it was on record.
 
-    Its job may have been queued by then: nothing of it is delivered, and its worker's receipt says what it cost.
+    Its job may have been queued by then: nothing of it is delivered, and its worker's receipt says what it cost. A refusal is
+    told at once while the log is away, and is in its ingress's memory alone until then.
     """
-    if record.request_id is not None:
-        told = f"{record.end}, status {record.status}"
+    refused = record.end is End.FAILED and record.code in WHILE_THE_LOG_IS_AWAY and not record.text
+    if record.request_id is not None and not refused:
+        told = f"{record.end}, status {record.status} {record.code}"
         yield Problem(Kind.LOST, "what a client was answered is in the ledger", record.request_id, told)
     elif not all(each.name in receipts for each in said):
         yield Problem(Kind.LOST, "what was generated is in the ledger", record.prompt.name, f"{len(said)} generations")
@@ -204,6 +208,8 @@ def _truth(record: Record, entry: Entry) -> Iterator[Problem]:
         case End.FAILED:
             if record.code in RETOLD and entry.status == "cancelled":
                 return  # a later reader of what was cancelled
+            if entry.code == "ingress_lost":
+                return  # it was cut off from the log, and closed by others: it can't say by which name
             if entry.status not in ("failed", "rejected") or entry.code != record.code:
                 yield wrong("an error is told as it is recorded")
             elif record.status is not None and entry.http_status != record.status:
