@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := schemas bus ingress workers ledger penstock.py
 
-.PHONY: help up test test-vllm test-gpu conformance faults lint types format bench bench-vllm soak lock clean
+.PHONY: help up test test-vllm test-gpu conformance faults lint types format bench bench-vllm soak waiting lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ bench-vllm: ## What Penstock costs before a real vLLM, on the CPU; adds to bench
 
 soak: $(VENV)/.dev  ## 100,000 requests, and what they do to the memory; adds to bench/RESULTS.md
 	@$(BIN)/python -m bench.soak $(ARGS)
+
+waiting: $(VENV)/.dev  ## 10,000 clients that wait at once, and what they do to the memory
+	@WAITING_CLIENTS=10000 $(BIN)/python -m pytest tests/integration/ingress/test_backlog.py -k wait $(ARGS)
 
 lock: $(VENV)/.dev  ## Resolve the dependencies anew into requirements/*.lock
 	@tools/lock

@@ -10,10 +10,11 @@ from msgspec import Raw
 
 from bus.queue import JobQueue
 from ingress.pace import Pace
+from ingress.policy.drain import Drain, Place
 from ingress.relay import Switchboard
 from ingress.speech import says_something
 from ingress.trip import Trip
-from schemas.errors import FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout
+from schemas.errors import BacklogFull, FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout
 from schemas.frames import AnyFrame, Delta, Finished, LastFrame
 from schemas.ids import RouteId, WorkerId
 from schemas.jobs import Cancel, Job, Take
@@ -37,6 +38,7 @@ class Attempt:
         *,
         queue: JobQueue,
         switchboard: Switchboard,
+        drain: Drain,
         on_overflow: Callable[[], None],
         to: WorkerId | None = None,
     ) -> None:
@@ -54,7 +56,9 @@ class Attempt:
         self.tokens = 0  # completion tokens in what came, as the worker counts them
         self._queue = queue
         self._switchboard = switchboard
+        self._drain = drain
         self._job_seq: int | None = None
+        self._waiting = False
         self._over = False  # its last frame was taken
         self._to = to
         if to is not None:
@@ -78,7 +82,24 @@ class Attempt:
         if self._to is not None:
             self._switchboard.command(self._to, Take(job=self.job))
             return
-        self._job_seq = await self._queue.publish(self.job)
+        try:
+            self._job_seq = await self._queue.publish(self.job)
+        except BacklogFull as error:
+            error.retry_after_s = self._drain.retry_after_s(self.place, now=time.monotonic())
+            raise
+        self._waiting = True
+        self._drain.waits(self.place, now=time.monotonic())
+
+    def note_started(self, *, at: float) -> None:
+        self.started_at = at
+        if self._waiting:
+            self._waiting = False
+            self._drain.began(self.place, now=at)
+
+    @property
+    def place(self) -> Place:
+        """Where its job waits."""
+        return self.leg.route, self.leg.model, self.job.org
 
     def poll(self, now: float) -> list[AnyFrame]:
         """The frames that wait; none if nothing does, or when the client has gone: then ``relay.gone`` says why.
@@ -131,6 +152,9 @@ class Attempt:
     def close(self) -> None:
         """Nobody will read any more of it."""
         self._switchboard.close(self.relay)
+        if self._waiting:
+            self._waiting = False
+            self._drain.left(self.place)
         self.trip.ended(self.tokens)
 
     def _timeout(self) -> PenstockError:

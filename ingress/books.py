@@ -144,7 +144,7 @@ class Books:
 
     def note_started(self, attempt: Attempt, *, at: float) -> None:
         """*at* is when Started came: it may have waited here for the acceptance to be on record."""
-        attempt.started_at = at
+        attempt.note_started(at=at)
         queue_us = self.arrival.since_us(at)
         if self._queue_us is None:
             self._queue_us = queue_us

@@ -60,6 +60,7 @@ class Visit:
     principal: KeyStated | None = None
     request: ChatRequest | None = None
     body: bytes = b""
+    held_bytes: int = 0  # of the body, as far as it has come
     wish: Wish = NO_WISH
 
 
@@ -71,12 +72,13 @@ class ChatCompletions:
         self._control = control
         self._settings = settings
         self._running = 0
+        self._held_bytes = 0  # bodies of all requests under way
         self.replays = Replays(services.log, control, settings, services.neighbours)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._running += 1
+        visit = Visit(Arrival(RequestId(new_id()), time.monotonic(), time.time_ns()))
         try:
-            visit = Visit(Arrival(RequestId(new_id()), time.monotonic(), time.time_ns()))
             try:
                 admitted = await self._admit(visit, scope, receive)
             except PenstockError as error:
@@ -89,6 +91,7 @@ class ChatCompletions:
                 await self._serve(admitted, visit, Client(scope, receive, send))
         finally:
             self._running -= 1
+            self._held_bytes -= visit.held_bytes
 
     async def _serve(self, admitted: Exchange | Transcript, visit: Visit, client: Client) -> None:
         match admitted:
@@ -115,7 +118,7 @@ class ChatCompletions:
             key=principal.timeouts,
             own=asked(scope["headers"]),
         )
-        body = await self._read_body(scope, receive)
+        body = await self._read_body(visit, scope, receive)
         visit.body = body
         visit.request = request = decode_request(body)
         visit.wish = wish = wish_of(scope["headers"], resume_s=self._settings.resume_s)
@@ -136,8 +139,8 @@ class ChatCompletions:
         ours = request.provider is not None or request.models is not None
         return Exchange(self._services, books, body=for_providers(body) if ours else body, waits=waits)
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
-        """Raises: BodyTooLarge, RequestTimeout, ClientLeftError."""
+    async def _read_body(self, visit: Visit, scope: Scope, receive: Receive) -> bytes:
+        """Raises: BodyTooLarge, RequestTimeout, Overloaded, ClientLeftError."""
         limit = self._settings.max_body_bytes
         too_large = BodyTooLarge(f"The request body is over the limit of {limit} bytes.")
         if _content_length(scope["headers"]) > limit:
@@ -154,6 +157,10 @@ class ChatCompletions:
                     size += len(parts[-1])
                     if size > limit:
                         raise too_large
+                    visit.held_bytes += len(parts[-1])
+                    self._held_bytes += len(parts[-1])
+                    if self._held_bytes > self._settings.max_held_bytes:
+                        raise Overloaded("The requests under way are too large together. Retry shortly.")
                     if not message.get("more_body", False):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
         except TimeoutError as error:

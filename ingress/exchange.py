@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import msgspec
@@ -21,6 +21,7 @@ from ingress.books import Books, Break, Broke, Done, Ending, Left
 from ingress.continuing import Onward
 from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
+from ingress.policy.drain import Drain
 from ingress.policy.routing import Leg
 from ingress.policy.trail import HEDGE_LOST, Trail
 from ingress.policy.waits import Waits
@@ -60,6 +61,7 @@ class Services:
     timeouts: Timeouts
     keep_alive_comment_s: float
     neighbours: Neighbours | None = None  # who may have answers that clients ask for here; None: nobody
+    drain: Drain = field(default_factory=Drain)
     hedges: Hedges | None = None  # None: no second attempt while one runs
 
 
@@ -167,6 +169,7 @@ class Exchange:
             self._s.router.begin(leg, stream=self.books.request.stream),
             queue=self._s.queue,
             switchboard=self._s.switchboard,
+            drain=self._s.drain,
             on_overflow=self._give_up,
             to=None if onward is None else onward.worker,
         )

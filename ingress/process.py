@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ KEEP_ALIVE_S = 75  # longer than clients keep a connection in their pools
 FLUSH_WAIT_S = 5.0
 LAST_WORDS_S = 2 * RECORD_FAILURE_WAIT_S
 BACKLOG = 2048
+SPARE_FILES = 256  # besides the connections of clients
 
 
 class _Server(uvicorn.Server):
@@ -63,6 +65,7 @@ async def run_ingress(
     *fd* is a listening socket that somebody else keeps open for us; without it we bind one.
     Raises: SetupError; LogUnavailable if it was taken for dead and its requests were closed.
     """
+    _raise_open_files(settings.ingress.max_connections + SPARE_FILES)
     sock = _listening_socket(settings.ingress.host, settings.ingress.port, fd)
     connection = await connect(nats_url, name=name)
     await await_streams(connection, settings.nats)
@@ -158,6 +161,16 @@ async def _last_words(server: uvicorn.Server) -> None:
     """What the end of the drain cut off still tells its client so, and closes its books; uvicorn doesn't wait for that."""
     if server.server_state.tasks:
         await asyncio.wait(server.server_state.tasks, timeout=LAST_WORDS_S)
+
+
+def _raise_open_files(wanted: int) -> None:
+    """Each connection is an open file, and the usual limit is 1024, though a process may raise it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning("open_files_limited", allowed=allowed, wanted=wanted)
 
 
 def _stop(server: uvicorn.Server) -> None:

@@ -166,6 +166,7 @@ class BacklogFull(RequestError):
     """Too many requests of this organisation are waiting already. Retry later."""
 
     code = "backlog_full"
+    retry_after_s: float | None = None  # as it drains
 
 
 class ServiceError(PenstockError):

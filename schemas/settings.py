@@ -70,6 +70,7 @@ class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     max_header_bytes: int = 64 * 1024
     header_timeout_s: float = 30.0
     max_concurrent_requests: int = 4096
+    max_held_bytes: int = 512 * MIB  # bodies of all requests under way
     max_connections: int = 8192
     keep_alive_comment_s: float = 15.0
     max_buffered_bytes: int = 8 * MIB  # frames of one stream that its client has not read yet
