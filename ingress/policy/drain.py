@@ -1,7 +1,7 @@
 """How fast what waits in the queue is begun, as this ingress sees it of its own jobs. Pure; times are monotonic seconds.
 
-A start tells something of the speed only if others waited behind it, or it waited itself: else it was the clients' speed and
-not the workers'. The jobs of several ingresses wait in the same queue, so the share of ours that begins is the same as of all.
+A start tells something of the speed only if somebody waited ever since the start before it, or it waited itself: else it was
+the clients' speed and not the workers'. The jobs of several ingresses wait in the same queue, so the share of ours that begins is the same as of all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Place = tuple[RouteId, str, OrgId]  # where jobs wait: a route, a model, whose
 @dataclass(slots=True)
 class _Line:
     waiting: int = 0
+    steady: bool = False  # somebody has waited ever since the last start
     since: float = 0.0  # the last start, or the first of those that wait now
     starts: float = 0.0  # of late
     span_s: float = 0.0  # in which these were
@@ -37,18 +38,18 @@ class Drain:
     def waits(self, place: Place, *, now: float) -> None:
         line = self._line(place)
         if line.waiting == 0:
-            line.since = now
+            line.since, line.steady = now, False
         line.waiting += 1
 
     def began(self, place: Place, *, now: float) -> None:
         line = self._line(place)
         took_s = now - line.since
-        if line.waiting > 1 or took_s > WAITED_S:
+        if line.steady or took_s > WAITED_S:
             fading = 0.5 ** (took_s / HALF_LIFE_S)
             line.starts = line.starts * fading + 1.0
             line.span_s = line.span_s * fading + took_s
-        line.since = now
         line.waiting = max(0, line.waiting - 1)
+        line.since, line.steady = now, line.waiting > 0
 
     def left(self, place: Place) -> None:
         line = self._line(place)

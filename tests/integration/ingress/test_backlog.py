@@ -187,17 +187,26 @@ async def test_clients_that_read_a_byte_a_second_cost_a_bounded_amount_of_memory
             for wire in wires:
                 wire.reader._limit = 1  # type: ignore[attr-defined]  # the kernel's buffers are the only ones
                 wire.ask(body(stream=True))
-            most, until = 0, time.monotonic() + 25
+            readings = [before]
+            sampling = asyncio.create_task(_sample(process, readings))
+            until = time.monotonic() + 25
             while mock.answering or len(mock.seen) < slow:
                 assert time.monotonic() < until, "they were not cut off"
-                most = max(most, process.memory_info().rss - before)
                 for wire in wires:
                     with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
-                        await asyncio.wait_for(wire.reader.read(1), 0.05)
-                await asyncio.sleep(0.6)
+                        await asyncio.wait_for(wire.reader.read(1), 0.02)
+                await asyncio.sleep(1 - slow * 0.02)
+            sampling.cancel()
+        most = max(readings) - before
         measured("mib_of_slow_readers", round(most / slow / 2**20, 2))
         assert most < slow * READER_MAX_MIB * 2**20
         assert all(seen.gone_s is not None for seen in mock.seen)
         mock.script()
         async with session.post(f"{base_url}/chat/completions", json=body(), headers=bearer()) as response:
             assert response.status == 200
+
+
+async def _sample(process: psutil.Process, readings: list[int]) -> None:
+    while True:
+        readings.append(process.memory_info().rss)
+        await asyncio.sleep(0.02)
