@@ -1,7 +1,8 @@
 """How fast what waits in the queue is begun, as this ingress sees it of its own jobs. Pure; times are monotonic seconds.
 
 A start tells something of the speed only if somebody waited ever since the start before it, or it waited itself: else it was
-the clients' speed and not the workers'. The jobs of several ingresses wait in the same queue, so the share of ours that begins is the same as of all.
+the clients' speed and not the workers'. The jobs of several ingresses wait in the same queue, so the share of ours that begins
+is the same as of all.
 """
 
 from __future__ import annotations

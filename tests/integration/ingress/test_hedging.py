@@ -21,6 +21,7 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.timeout(40)
 
 AFTER_S = 0.2
+ABSENT: dict[str, Any] = {"status": 404, "error": {"message": "no model", "code": "model_not_found"}}  # not tried again there
 
 OpenRoutes = Callable[..., Awaitable[Routes]]
 
@@ -109,19 +110,19 @@ async def test_a_route_fails_while_another_runs_beside_it(
     open_routes: OpenRoutes, session: aiohttp.ClientSession
 ) -> None:
     up = await open_routes("first", "second", "third")
-    up.mock("first").script(status=500, delay_s=AFTER_S * 2)
+    up.mock("first").script(**ABSENT, delay_s=AFTER_S * 2)
     up.mock("second").script(delay_s=AFTER_S * 3)
     text, answer = await _text(session, up)
     assert text == "one two three"
-    assert answer.headers["x-penstock-tried"] == "first;code=upstream_error;status=500"
+    assert answer.headers["x-penstock-tried"] == "first;code=upstream_rejected;status=404"
     assert answer.headers["x-penstock-route"] == "second"
     assert not up.mock("third").seen
 
 
 async def test_both_fail_and_the_third_is_asked(open_routes: OpenRoutes, session: aiohttp.ClientSession) -> None:
     up = await open_routes("first", "second", "third")
-    up.mock("first").script(status=500, delay_s=AFTER_S * 2)
-    up.mock("second").script(status=429, delay_s=AFTER_S * 2)
+    up.mock("first").script(**ABSENT, delay_s=AFTER_S * 2)
+    up.mock("second").script(**ABSENT, delay_s=AFTER_S * 2)
     text, answer = await _text(session, up)
     assert text == "one two three"
     assert (answer.headers["x-penstock-route"], answer.headers["x-penstock-attempts"]) == ("third", "3")
