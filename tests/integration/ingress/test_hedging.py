@@ -21,7 +21,8 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.timeout(40)
 
 AFTER_S = 0.2
-ABSENT: dict[str, Any] = {"status": 404, "error": {"message": "no model", "code": "model_not_found"}}  # not tried again there
+# A worker doesn't try that again by itself.
+ABSENT: dict[str, Any] = {"status": 404, "error": {"message": "no model", "code": "model_not_found"}}
 
 OpenRoutes = Callable[..., Awaitable[Routes]]
 
