@@ -163,7 +163,10 @@ class Fleet:
 
     def load(self, route: RouteId) -> Load:
         """Of a route that somebody serves; whoever begins or ends an attempt there notes it in it."""
-        return self._loads.setdefault(route, Load())
+        load = self._loads.get(route)
+        if load is None:
+            load = self._loads[route] = Load()
+        return load
 
     def listens(self, worker: WorkerId) -> bool:
         """Whether *worker* says that it listens to `here.<worker>`."""

@@ -23,6 +23,7 @@ from schemas.ids import RouteId
 from schemas.settings import RoutingSettings
 
 SECOND_US = 1e6
+NO_SUCH_MODEL = 404
 
 _OF_THE_PLACE = (Fault, QueueTimeout, FirstTokenTimeout, IdleTimeout)
 _SURE = (ProviderAuth, ProviderRateLimited, ProviderUnreachable)  # the next attempt would end the same way
@@ -49,7 +50,7 @@ class Seen:
 class Trip:
     """It begins when it is made, perhaps speaks, perhaps fails, and ends."""
 
-    __slots__ = ("_began_at", "_over", "_pass", "_seen", "_spoke_at", "_stream", "leg")
+    __slots__ = ("_began_at", "_failed", "_over", "_pass", "_seen", "_spoke_at", "_stream", "leg")
 
     def __init__(self, seen: Seen, leg: Leg, *, stream: bool) -> None:
         self.leg = leg
@@ -57,6 +58,7 @@ class Trip:
         self._stream = stream
         self._began_at = seen.clock()
         self._spoke_at: float | None = None
+        self._failed = False
         self._over = False
         self._pass = seen.cooldowns.begin(leg.route, leg.model, now=self._began_at)
         self._load(1)
@@ -74,7 +76,8 @@ class Trip:
 
     def failed(self, error: PenstockError) -> None:
         """It ended with *error*. What isn't its place's fault (a bad request, a lost machine) counts for nothing."""
-        if isinstance(error, _OF_THE_PLACE) and not isinstance(error, ProviderRejected) and not self._over:
+        if _is_of_the_place(error) and not self._over:
+            self._failed = True
             self._seen.cooldowns.failed(
                 self.leg.route,
                 self.leg.model,
@@ -94,6 +97,8 @@ class Trip:
         now, leg = self._seen.clock(), self.leg
         self._seen.cooldowns.dropped(leg.route, leg.model, self._pass)
         if self._spoke_at is not None:
+            if not self._failed:
+                self._seen.cooldowns.went_well(leg.route, leg.model)
             self._seen.last_minute.add(leg.route, tokens, now=now)
             self._seen.measured.note(
                 leg.route,
@@ -109,3 +114,10 @@ class Trip:
         load = self._seen.load(self.leg.route)
         load.running += more
         load.begun += more
+
+
+def _is_of_the_place(error: PenstockError) -> bool:
+    """Whether *error* says something of its place. That the provider rejects a request doesn't, unless it has no such model."""
+    if isinstance(error, ProviderRejected):
+        return error.status == NO_SUCH_MODEL
+    return isinstance(error, _OF_THE_PLACE)

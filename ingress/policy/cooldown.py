@@ -38,7 +38,7 @@ class Standing(Enum):
 
 @dataclass(slots=True)
 class _Place:
-    faults: int = 0  # since the last answer
+    faults: int = 0  # since an attempt went well
     answered_at: float = -math.inf
     back_at: float = -math.inf  # when the last cool-down ended
     rounds: int = 0  # cool-downs without `FORGET_S` of peace between them
@@ -100,7 +100,14 @@ class Cooldowns:
             if given.began_at <= place.since:
                 return
             place.until, place.probe_at, place.back_at = None, None, now
-        place.faults, place.answered_at = 0, now
+            place.faults = 0
+        place.answered_at = now
+
+    def went_well(self, route: RouteId, model: str) -> None:
+        """An attempt that had answered has ended without a fault. One that breaks in the middle must not pass for good."""
+        place = self._places.get((route, model))
+        if place is not None and place.until is None:
+            place.faults = 0
 
     def failed(
         self, route: RouteId, model: str, given: Pass, *, now: float, why: str, sure: bool, wait_s: float | None = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from typing import Protocol
 
 from ingress.policy.strategies import Candidate, Facts, Placed, arrange, means
@@ -198,7 +200,10 @@ def _named_first(placed: list[Placed], first: Sequence[str]) -> list[Placed]:
 
 def _cooling_last(placed: list[Placed], standings: Standings) -> list[Placed]:
     """A place that cools down, or is held, is a last resort: better than none, and worse than any other."""
-    return sorted(placed, key=lambda entry: not standings.is_open(entry[0].route, entry[0].model))
+    is_open = [standings.is_open(candidate.route, candidate.model) for candidate, _ in placed]
+    if all(is_open):
+        return placed
+    return [*compress(placed, is_open), *compress(placed, map(not_, is_open))]
 
 
 def _told(why: str, standing: str) -> str:

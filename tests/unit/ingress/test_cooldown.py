@@ -76,10 +76,20 @@ def test_one_fault_of_a_place_that_has_not_answered_lately_is_enough(place: Plac
 def test_a_place_that_has_just_answered_is_judged_by_three_in_a_row(place: Place) -> None:
     for _ in range(5):
         place.answered()
+        place.cooldowns.went_well(A, "m")
         for _ in range(FAULTS_IN_A_ROW - 1):
             place.failed()
         assert place.standing is Standing.UP
     place.failed()
+    assert place.standing is Standing.COOLING
+
+
+def test_a_place_that_always_breaks_in_the_middle_is_found_out(place: Place) -> None:
+    for _ in range(FAULTS_IN_A_ROW):
+        assert place.standing is Standing.UP
+        given = place.begin()
+        place.answered(given)
+        place.failed(given)
     assert place.standing is Standing.COOLING
 
 

@@ -220,6 +220,31 @@ async def test_what_is_not_the_places_fault_does_not_count(error: PenstockError)
     assert made.plan().routes == ("a", "b")
 
 
+async def test_a_place_that_has_no_such_model_is_left_alone() -> None:
+    made = Deployment()
+    await made.hears("a", "b")
+    made.fails(made.plan().legs[0], ProviderRejected(status=404))
+    assert made.plan().routes == ("b", "a")
+
+
+async def test_answers_that_go_well_make_up_for_faults_and_those_that_break_do_not() -> None:
+    made = Deployment()
+    await made.hears("a", "b")
+    leg = made.plan().legs[0]
+    made.goes(leg, after_s=0.1)
+    for _ in range(2):
+        made.fails(leg, ProviderFailed())
+    made.goes(leg, after_s=0.1)
+    for _ in range(2):
+        trip = made.router.begin(leg, stream=True)
+        trip.spoke()
+        trip.failed(ProviderFailed())
+        trip.ended(5)
+    assert made.router.is_up(leg)
+    made.fails(leg, ProviderFailed())
+    assert not made.router.is_up(leg)
+
+
 async def test_a_probe_that_is_dropped_leaves_its_turn_to_the_next() -> None:
     made = Deployment()
     await made.hears("a", "b")
