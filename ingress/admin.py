@@ -14,6 +14,7 @@ from starlette.responses import Response
 from bus.control import ControlFeed
 from ingress.auth import authenticate, hash_key, hint_of, new_key, require
 from ingress.fleet import Fleet
+from ingress.router import Router
 from schemas.admin import CreateKey, RotateKey
 from schemas.control import KeyStated, Role
 from schemas.errors import BadRequest, BodyTooLarge, NotFound, RequestTimeout
@@ -32,9 +33,10 @@ SECOND_NS = 1_000_000_000
 class Admin:
     """The endpoints; each needs a key with the role admin."""
 
-    def __init__(self, control: ControlFeed, fleet: Fleet, *, producer: str) -> None:
+    def __init__(self, control: ControlFeed, fleet: Fleet, router: Router, *, producer: str) -> None:
         self._control = control
         self._fleet = fleet
+        self._router = router
         self._producer = producer
 
     async def create_key(self, request: Request) -> Response:
@@ -119,6 +121,7 @@ class Admin:
                 "keys": offer.standing.keys,
                 "rates": offer.standing.rates,
                 "health": offer.standing.health,
+                "left_alone": self._router.left_alone(offer.route, [model.name for model in offer.models]),
             }
             for presence in self._fleet.workers()
             for offer in presence.routes
@@ -137,6 +140,7 @@ class Admin:
                 "keys": (),
                 "rates": None,
                 "health": None,
+                "left_alone": (),
             }
             for route in self._control.state.routes.values()
             if route.route not in served and not route.removed

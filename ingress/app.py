@@ -41,7 +41,7 @@ def build_app(
 ) -> ASGIApp:
     chat = ChatCompletions(services, control=control, settings=settings)
     models = Models(control, fleet)
-    admin = Admin(control, fleet, producer=services.log.producer)
+    admin = Admin(control, fleet, services.router, producer=services.log.producer)
     health = Health(connection, fleet)
     rest = Starlette(
         routes=[

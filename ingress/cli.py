@@ -156,10 +156,11 @@ def routes(home: str | None) -> None:
             ", ".join(_key(key) for key in row["keys"]),
             _rates(row["rates"]),
             _health(row["health"]),
+            ", ".join(row["left_alone"]),
         ]
         for row in rows
     ]
-    print_table([*columns, "engine", "keys", "last minute", "health"], cells)
+    print_table([*columns, "engine", "keys", "last minute", "health", "left alone"], cells)
 
 
 @click.command(epilog="Example: penstock models")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -93,6 +93,12 @@ class Router:
     def is_up(self, leg: Leg) -> bool:
         """Whether an attempt may begin at *leg*: not while it cools down, another one probes it, or its limits are used up."""
         return self._seen.is_open(leg.route, leg.model, now=self._clock())
+
+    def left_alone(self, route: RouteId, models: Sequence[str]) -> list[str]:
+        """Which *models* of *route* are, each with the reason."""
+        now = self._clock()
+        told = ((model, self._seen.cooldowns.why(route, model, now=now)) for model in models)
+        return [f"{model}: {why}" for model, why in told if why]
 
     def servers(self, leg: Leg) -> AbstractSet[WorkerId]:
         """The workers that serve *leg* now."""

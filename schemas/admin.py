@@ -120,6 +120,9 @@ class ServedRoute(Struct, frozen=True, kw_only=True):
     keys: tuple[KeyStanding, ...] = ()  # the provider's, never themselves
     rates: Rates | None = None  # where the route states limits
     health: Health | None = None
+    left_alone: tuple[
+        str, ...
+    ] = ()  # models that cool down after a fault, as the ingress that was asked sees it, and why
 
 
 class RouteList(Struct, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ to the provider untouched. Errors have OpenAI's shape, also inside a stream.
 _ERRORS = {
     400: "The body is not what the API takes; `param` names what is to blame",
     401: "No key, or none that is known",
-    403: "The key's role does not allow that",
+    403: "The key does not allow that",
     404: "There is nothing of this name",
     408: "The body did not arrive in time",
     409: "Somebody else changed it first",
@@ -97,7 +97,7 @@ def _paths() -> dict[str, Json]:
                 "Answers a conversation, whole or as a stream",
                 {"200": _completion()},
                 body=_json(ChatRequest),
-                errors=(400, 401, 404, 408, 410, 413, 422, 429, 502, 503, 504),
+                errors=(400, 401, 403, 404, 408, 410, 413, 422, 429, 502, 503, 504),
                 headers=_RETRY_HEADERS,
             ),
         },

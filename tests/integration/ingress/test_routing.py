@@ -277,6 +277,13 @@ async def test_a_place_that_fails_is_left_alone_until_one_probe_is_answered(open
     assert accepted["plan"] == ["second", "first"]
     assert "cooling" in accepted["reasons"][1]
     assert "upstream_error" in accepted["reasons"][1]
+    async with aiohttp.ClientSession() as session:
+        url = up.base_url.removesuffix("/v1") + "/admin/v1/routes"
+        async with session.get(url, headers=bearer(ADMIN_KEY)) as response:
+            rows = {row["route"]: row["left_alone"] for row in (await response.json())["data"]}
+    assert rows["second"] == []
+    (told,) = rows["first"]
+    assert told.startswith(f"{MODEL}: cooling for ")
 
     first.script(delay_s=0.4, status=500)  # the probe is out while the others come
     clock.ahead_s += 100
