@@ -67,8 +67,10 @@ def test_everything_but_health_needs_a_bearer_key(openapi: dict[str, Any]) -> No
         is_open = operation.get("security") == []
         assert is_open == name.endswith(("z", "/openapi.json")), name
         assert is_open or "401" in operation["responses"], name
-        bounded = "/admin/" in name or name == "POST /v1/chat/completions"  # by the key's role; by its models and routes
-            assert ("403" in operation["responses"]) == bounded, name
+        bounded = (
+            "/admin/" in name or name == "POST /v1/chat/completions"
+        )  # by the key's role; by its models and routes
+        assert ("403" in operation["responses"]) == bounded, name
 
 
 def test_a_completion_is_json_or_a_stream_of_events(openapi: dict[str, Any]) -> None:
