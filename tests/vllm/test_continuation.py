@@ -13,13 +13,14 @@ from msgspec import Raw
 
 from ingress.delivered import Delivered
 from schemas.chat import decode_request
+from schemas.errors import NotContinued
 from schemas.frames import Delta
 from schemas.ids import RequestId, RouteId
 from schemas.jobs import Continuation, Continues
 from schemas.settings import ModelSettings, RouteSettings, VllmSettings, WorkerSettings
 from tests.factories import new_job
 from tests.vllm.engine import MODEL, Engine, serve_tiny_model, tiny_model_folder
-from tests.vllm.tiny_model import COUNT, GREETING, HELLO, WEATHER_TOOL, Conversation
+from tests.vllm.tiny_model import COUNT, GREETING, HELLO, THINK, WEATHER_TOOL, Conversation
 from tests.waiting import eventually
 from workers.providers.base import Chunk
 from workers.providers.vllm import Vllm
@@ -42,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stop in a half character": asking(GREETING, stop=["Ünïcödé"]),
     "stops that end together": asking(COUNT, stop=["eight nine", " nine"]),
     "stop that is told, too": asking(COUNT, stop=["nine ten"], include_stop_str_in_output=True),
-    "stop after some tokens": asking(COUNT, stop=["two", "fourteen"], min_tokens=20),
+    "stop after some tokens": asking(COUNT, stop=["two", "fourteen"], min_tokens=4),
     "limit": asking(COUNT, max_tokens=12),
     "newer limit": asking(GREETING, max_completion_tokens=21),
     "repetition penalty": asking(HELLO, repetition_penalty=1.1, max_tokens=40),
@@ -154,6 +155,40 @@ def comparable(logprobs: list[Any]) -> list[Any]:
     return [(one["token"], round(one["logprob"], 2), {top["token"] for top in one["top_logprobs"]}) for one in logprobs]
 
 
+async def test_reasoning_that_was_told_whole_is_followed_and_half_of_it_is_not(first: Vllm, second: Vllm) -> None:
+    body = asking(THINK, reasoning_effort="low")
+    unbroken = await whole(first, body)
+    wanted = told(unbroken)
+    assert wanted.reasoning
+    assert wanted.text
+    followed = 0
+    for cut in range(2, len(unbroken) - 2):
+        before = unbroken[:cut]
+        continuation = delivered_of(body, before).continuation(exact=True)
+        if told(before).text.strip():
+            found = told(before, await gone_on_with(second, body, continuation))
+            assert (found.text, found.ids, found.finish) == (wanted.text, wanted.ids, wanted.finish)
+            followed += 1
+        elif told(before).reasoning:
+            with pytest.raises(NotContinued):
+                await gone_on_with(second, body, continuation)
+    assert followed
+
+
+@pytest.mark.parametrize("body", [asking(HELLO), asking(COUNT, max_tokens=12)], ids=["text", "limit"])
+async def test_without_ids_it_goes_on_behind_the_text(first: Vllm, second: Vllm, body: dict[str, Any]) -> None:
+    """At the end of a token: this model tells where its tokens end in the same way when it reads them."""
+    unbroken = await whole(first, body)
+    wanted = told(unbroken)
+    last = next(i for i, chunk in enumerate(unbroken) if chunk.finish_reason is not None)
+    for cut in range(2, last):
+        before = unbroken[:cut]
+        onward = await gone_on_with(second, body, delivered_of(body, before).continuation(exact=False))
+        found = told(before, onward)
+        assert (found.text, found.finish, found.roles) == (wanted.text, wanted.finish, 1)
+        assert found.tokens == wanted.tokens
+
+
 async def test_the_engine_goes_on_exactly(first: Vllm) -> None:
     assert first.continues("m") is Continues.EXACT
     assert first.powers.prefix
@@ -168,6 +203,8 @@ async def test_a_continuation_is_the_unbroken_answer_wherever_it_is_cut(first: V
     cuts = range(2, last + 1)  # behind the role and a first token, and before the end
     for cut in cuts:
         before = unbroken[:cut]
+        if told(before).tokens < body.get("min_tokens", 0):
+            continue  # then stops don't count yet, and it is not exact
         onward = await gone_on_with(second, body, delivered_of(body, before).continuation(exact=True))
         found = told(before, onward)
         at = f"cut behind {told(before).text!r}"

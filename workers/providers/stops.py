@@ -21,11 +21,11 @@ class StopScanner:
         self._text = tail + held
         self._sent = len(tail)
 
-    def feed(self, text: str, *, looks: bool = True) -> str:
-        """What may be told now that *text* has come. Unless it *looks*, a stop that ends in *text* counts for nothing."""
+    def feed(self, text: str) -> str:
+        """What may be told now that *text* has come."""
         known = len(self._text)
         self._text += text
-        if looks and text:
+        if text:
             self._look(known)
         end = len(self._text) if self._include or self.found is not None else len(self._text) - (self._longest - 1)
         return self._let_through(end)

@@ -123,6 +123,8 @@ def why_not_exact(job: Job, request: Request) -> str | None:
     tools = "tools" in members and bytes(members["tools"]) not in _NOTHING
     if tools and request.tool_choice != "none":
         return "a tool may be called, and that is read from the whole text"
+    if request.stops and (request.min_tokens or 0) > len(before.token_ids):
+        return "its stops don't count yet, and which token a text ends in isn't known"
     if any(isinstance(message.content, list) and _more_than_text(message.content) for message in request.messages):
         return "its prompt is more than tokens"
     for name, raw in members.items():
@@ -195,7 +197,6 @@ class Completions:
         self._request = request
         self._skipped = seam.dropped
         self._prompt_tokens = len(before.prompt_token_ids) + len(seam.ids)
-        self._before = len(seam.ids)
         self._scanner = StopScanner(
             request.stops, tail=before.text, held=seam.held, include=bool(request.include_stop_str_in_output)
         )
@@ -228,8 +229,7 @@ class Completions:
             raise ProviderFailed(f"The provider gave the generation up (finish_reason {choice.finish_reason!r}).")
         ids = choice.token_ids or ()
         before, self.generated = len(self.generated), [*self.generated, *ids]
-        looks = self._before + len(self.generated) > (self._request.min_tokens or 0)
-        text = self._scanner.feed(choice.text, looks=looks)
+        text = self._scanner.feed(choice.text)
         finish, reason = choice.finish_reason, choice.stop_reason
         if self._scanner.found is not None:
             finish, reason = "stop", self._scanner.found
