@@ -24,6 +24,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
+def other_engine(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Another engine with the same model, which goes on with what the first one began."""
+    with serve_tiny_model(tmp_path_factory.mktemp("other-vllm") / "vllm.log") as other:
+        yield other
+
+
+@pytest.fixture(scope="session")
 def deployment(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     with penstock_up(engine, tmp_path_factory.mktemp("penstock")) as deployment:
         yield deployment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from schemas.ids import RequestId, RouteId
 from schemas.jobs import Continuation, Continues
 from schemas.settings import ModelSettings, RouteSettings, VllmSettings, WorkerSettings
 from tests.factories import new_job
-from tests.vllm.engine import MODEL, Engine, serve_tiny_model, tiny_model_folder
+from tests.vllm.engine import MODEL, Engine, tiny_model_folder
 from tests.vllm.tiny_model import COUNT, GREETING, HELLO, THINK, WEATHER_TOOL, Conversation
 from tests.waiting import eventually
 from workers.providers.base import Chunk
@@ -77,12 +77,6 @@ class Told:
             self.roles += "role" in choice["delta"]
             self.logprobs += (choice.get("logprobs") or {}).get("content") or []
             self.finish = choice.get("finish_reason")
-
-
-@pytest.fixture(scope="session")
-def other_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with serve_tiny_model(tmp_path_factory.mktemp("other-vllm") / "vllm.log") as engine:
-        yield engine
 
 
 @asynccontextmanager

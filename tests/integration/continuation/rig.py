@@ -109,10 +109,16 @@ class Rig:
             await cable.stop()
 
     async def add_worker(
-        self, name: str, *, tokens_per_s: float = TOKENS_PER_S, drain_s: float = 0.1, slots: int = 8
+        self,
+        name: str,
+        *,
+        tokens_per_s: float = TOKENS_PER_S,
+        drain_s: float = 0.1,
+        slots: int = 8,
+        config: str | None = None,
     ) -> None:
-        config = self._folder / f"{name}.toml"
-        config.write_text(CONFIG.format(tokens_per_s=tokens_per_s, drain_s=drain_s, slots=slots))
+        path = self._folder / f"{name}.toml"
+        path.write_text(config or CONFIG.format(tokens_per_s=tokens_per_s, drain_s=drain_s, slots=slots))
         url = urlsplit(self._server.url)
         cable = self.cables[name] = Link(name, int(url.port or 0))
         await cable.start()
@@ -120,7 +126,7 @@ class Rig:
         member = self.workers[name] = Member(
             Command(
                 name=name,
-                arguments=("worker", "--nats", nats_url, "--config", str(config), "--name", name, "--no-discover"),
+                arguments=("worker", "--nats", nats_url, "--config", str(path), "--name", name, "--no-discover"),
                 folder=self._folder,
             )
         )
