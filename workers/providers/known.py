@@ -9,12 +9,13 @@ from contextlib import aclosing
 import msgspec
 
 from schemas.errors import SetupError
-from schemas.jobs import Job
+from schemas.jobs import Continues, Job
 from schemas.money import Usage
 from schemas.providers import KnownProvider
 from schemas.settings import RouteSettings, WorkerSettings, completed
 from workers.providers.base import Chunk
 from workers.providers.openai import OpenAI, address, first_key, rewritten
+from workers.providers.prefill import MARKS, prefilled
 
 
 class Known(OpenAI):
@@ -40,7 +41,14 @@ class Known(OpenAI):
             raise SetupError(f"route {route.id!r}: {known.title} has no common address: base_url must be given")
         return cls(known, route, key=first_key(route), settings=settings)
 
+    def continues(self, model: str) -> Continues:  # noqa: ARG002
+        return Continues.PREFIX if self._known.prefill in MARKS else Continues.NO
+
     def generate(self, job: Job) -> AsyncGenerator[Chunk, None]:
+        """Raises: as its parent, and NotContinued."""
+        before = job.continuation
+        if before is not None and (before.text or before.reasoning):
+            job = prefilled(job, before, mark=MARKS[self._known.prefill])
         chunks = super().generate(job)
         return _with_reasoning(chunks) if self._known.reasoning_apart else chunks
 

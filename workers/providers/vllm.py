@@ -16,8 +16,6 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import structlog
-from msgspec import Raw
-from msgspec.structs import replace
 
 from schemas.errors import Fault, NotContinued, ProviderFailed, ProviderNonsense, ProviderUnreachable, SetupError
 from schemas.jobs import Continues, EngineStats, Job, ModelFingerprint
@@ -27,11 +25,12 @@ from workers.engine.fingerprint import fingerprint_of
 from workers.providers.base import Chunk, Tell
 from workers.providers.openai import OpenAI, address, first_key, rewritten
 from workers.providers.openai_chunks import ChunkReader
+from workers.providers.prefill import prefilled, read_request
 from workers.providers.vllm_chunks import VllmChunkReader
-from workers.providers.vllm_continuation import prefix_body, read_request, why_not_exact
+from workers.providers.vllm_continuation import why_not_exact
 from workers.providers.vllm_metrics import SEQUENCES_MAX
 from workers.providers.vllm_onward import find_seam, go_on
-from workers.providers.vllm_powers import Powers, empowered, probe
+from workers.providers.vllm_powers import ONWARD, Powers, empowered, probe
 from workers.providers.vllm_server import Health, VllmServer
 
 log = structlog.get_logger()
@@ -211,10 +210,10 @@ class Vllm(OpenAI):
             )
         elif not (before.text or before.reasoning):
             chunks = super().generate(job)  # nothing of it was told yet
-        elif before.reasoning or not self.powers.prefix:
-            raise NotContinued
+        elif self.powers.prefix:
+            chunks = super().generate(prefilled(job, before, members=ONWARD))
         else:
-            chunks = super().generate(replace(job, body=Raw(prefix_body(job.body, before, request))))
+            raise NotContinued
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
                 yield chunk

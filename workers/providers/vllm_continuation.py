@@ -1,6 +1,6 @@
-"""How vLLM goes on with an answer that another engine began: behind its tokens, or behind its text. Pure.
+"""How vLLM goes on with an answer that another engine began, behind its tokens. Pure.
 
-Exactly: ``/v1/completions`` takes the tokens of the prompt and of the answer so far, so what comes is what would have come. The
+``/v1/completions`` takes the tokens of the prompt and of the answer so far, so what comes is what would have come. The
 text of the tokens that were delivered may be ahead of the text that was: the first engine held back half characters, and what
 might have become a stop sequence. That text is said first; a half character's tokens are generated anew.
 Source: docs/adr/0066-continuation.md, docs/adr/0068-seam.md
@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from schemas.errors import NotContinued, ProviderFailed, ProviderNonsense
+from schemas.errors import ProviderFailed, ProviderNonsense
 from schemas.jobs import Continuation, Job
 from schemas.money import Usage
 from workers.providers.base import Chunk
 from workers.providers.openai_chunks import DONE, GIVEN_UP
 from workers.providers.openai_faults import complaint_of, refusal_inside
+from workers.providers.prefill import Request
 from workers.providers.stops import StopScanner
 
 HALF_CHARACTER = "\ufffd"  # what the decoder makes of a character whose bytes are not all there
@@ -52,36 +53,6 @@ _members = msgspec.json.Decoder(dict[str, Raw]).decode
 _encode = msgspec.json.encode
 
 
-class _Part(Struct):
-    type: str = ""
-
-
-class _Message(Struct):
-    content: str | list[_Part] | None = None
-
-
-class Request(Struct):
-    """What of a request for a chat has to be known to go on with its answer."""
-
-    messages: list[_Message]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    include_stop_str_in_output: bool | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tool_choice: Any = None
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
 class _Logprobs(Struct):
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
@@ -102,16 +73,7 @@ class _Completion(Struct):
     error: Any = None
 
 
-_request = msgspec.json.Decoder(Request).decode
 _completion = msgspec.json.Decoder(_Completion).decode
-
-
-def read_request(job: Job) -> Request:
-    """Raises: NotContinued."""
-    try:
-        return _request(job.body)
-    except msgspec.MsgspecError as error:
-        raise NotContinued from error
 
 
 def why_not_exact(job: Job, request: Request) -> str | None:
@@ -125,16 +87,12 @@ def why_not_exact(job: Job, request: Request) -> str | None:
         return "a tool may be called, and that is read from the whole text"
     if request.stops and (request.min_tokens or 0) > len(before.token_ids):
         return "its stops don't count yet, and which token a text ends in isn't known"
-    if any(isinstance(message.content, list) and _more_than_text(message.content) for message in request.messages):
+    if not request.is_text:
         return "its prompt is more than tokens"
     for name, raw in members.items():
         if name not in _OF_NO_EFFECT | _CARRIED | {"tools", "tool_choice"} and bytes(raw) not in _NOTHING:
             return f"it is not known what {name} does to it"
     return None
-
-
-def _more_than_text(parts: list[_Part]) -> bool:
-    return any(part.type != "text" for part in parts)
 
 
 def held_back(text: str, before: Continuation) -> str | None:
@@ -303,26 +261,3 @@ def _logprobs(said: _Logprobs, top: int) -> list[dict[str, Any]]:
 
 def _logprob(token: str, logprob: float | None) -> dict[str, Any]:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}
-
-
-def prefix_body(body: bytes, before: Continuation, request: Request) -> bytes:
-    """The request for a chat whose last message is the answer so far, to be gone on with and not to be answered."""
-    members = _members(body)
-    messages = msgspec.json.decode(members["messages"], type=list[Raw])
-    members["messages"] = Raw(_encode([*messages, {"role": "assistant", "content": before.text}]))
-    members["continue_final_message"] = Raw(b"true")
-    members["add_generation_prompt"] = Raw(b"false")
-    return _encode(shrunk(members, before, request))
-
-
-def shrunk(members: dict[str, Raw], before: Continuation, request: Request) -> dict[str, Raw]:
-    """*members* with as many tokens to go as are left. Raises: NotContinued if none are."""
-    for name in ("max_tokens", "max_completion_tokens"):
-        limit = getattr(request, name)
-        if limit is not None:
-            if limit <= before.tokens:
-                raise NotContinued
-            members[name] = Raw(_encode(limit - before.tokens))
-    if request.min_tokens:
-        members["min_tokens"] = Raw(_encode(max(0, request.min_tokens - before.tokens)))
-    return members

@@ -12,13 +12,13 @@ from schemas.jobs import Continuation, Job
 from workers.providers.base import Chunk
 from workers.providers.openai import STREAM, must_be
 from workers.providers.patience import Patience
+from workers.providers.prefill import Request
 from workers.providers.sse import EventSplitter
 from workers.providers.upstream import Upstream
 from workers.providers.vllm_continuation import (
     CONTEXT_IDS,
     DROPPED_MAX,
     Completions,
-    Request,
     Seam,
     completion_body,
     held_back,

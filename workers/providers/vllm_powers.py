@@ -22,7 +22,7 @@ PRIORITY_MAX = 2**31 - 1
 
 _FLEX = b'"flex"'
 _TRUE = Raw(b"true")
-_ONWARD: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
+ONWARD: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
 _IDS: dict[str, Any] = {"return_token_ids": True}
 _PRIORITY: dict[str, Any] = {"priority": FLEX_PRIORITY}
 
@@ -86,7 +86,7 @@ async def _goes_on(server: OpenAI, asked: dict[str, Any]) -> bool:
     """
     messages = [*asked["messages"], {"role": "assistant", "content": "Hi"}]
     sizes: list[int] = []
-    for wanted in (_ONWARD, {}):
+    for wanted in (ONWARD, {}):
         try:
             answer = await _ask(server, {**asked, "messages": messages, **wanted})
             sizes.append(_sized(answer).usage.prompt_tokens)
