@@ -66,11 +66,16 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
 
 
 def _last_receipt(events: Iterable[Event]) -> AttemptFinished | None:
-    """Of the attempts that the ingress had not given up."""
+    """Of the attempts that the ingress had not given up. Where two ran side by side, the one that gave more."""
     events = list(events)
     lost = {event.epoch for event in events if isinstance(event, AttemptLost)}
     receipts = [event for event in events if isinstance(event, AttemptFinished) and event.epoch not in lost]
-    return max(receipts, key=lambda receipt: receipt.epoch, default=None)
+    return max(receipts, key=_weight, default=None)
+
+
+def _weight(receipt: AttemptFinished) -> tuple[bool, bool, int, int]:
+    ended_badly = receipt.outcome in ("failed", "handed_back")
+    return receipt.outcome == "completed", not ended_badly, receipt.tokens_sent, receipt.epoch
 
 
 def _billed(accepted: RequestAccepted, receipt: AttemptFinished | None, *, carried: int) -> tuple[Usage, bool]:

@@ -90,6 +90,15 @@ def test_an_answer_that_moved_is_billed_with_what_was_delivered_before() -> None
     assert close(*events).usage == Usage(prompt_tokens=10, completion_tokens=5)
 
 
+def test_of_two_attempts_side_by_side_the_one_that_gave_more_decides() -> None:
+    """The ingress died before it could say which of them it had given up."""
+    first = samples.receipt(usage=None, outcome="cancelled", tokens_sent=50)
+    second = samples.receipt(usage=None, outcome="cancelled", tokens_sent=0, epoch=2, worker="worker-2")
+    faulty = samples.receipt(usage=None, outcome="failed", tokens_sent=60, epoch=3, worker="worker-3")
+    end = close(samples.accepted(), first, second, faulty)
+    assert (end.worker, end.usage.completion_tokens, end.attempts) == ("worker-1", 50, 3)
+
+
 def test_the_order_of_two_witnesses_does_not_matter() -> None:
     one = close(samples.accepted(), samples.started(), samples.receipt())
     other = close(samples.receipt(), samples.accepted(), samples.started())
