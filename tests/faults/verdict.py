@@ -237,8 +237,8 @@ def _bill(record: Record, entry: Entry, said: Sequence[Generation]) -> Iterator[
         End.COMPLETED: (prompt.words, prompt.words),
         End.FAILED: (received, received),
     }.get(record.end, (received, reached))
-    if entry.code == "ingress_lost" and entry.receipts == 0:
-        least = 0  # ingress and worker both died: nobody is left who knows
+    if entry.code == "ingress_lost":  # the receipt decides; if its worker died, too, nobody is left who knows
+        least, most = (received, reached) if entry.receipts else (0, reached)
     if not least <= billed <= most:
         told = f"{record.end}: {billed} billed, {received} received, {reached} generated, {prompt.words} wanted"
         yield Problem(Kind.WRONG, "billed is what was delivered", entry.request_id, told)
