@@ -29,7 +29,7 @@ from schemas.standing import Standing
 from workers.providers.account import open_accounts
 from workers.providers.base import Chunk, Hold, Provider, Tell
 from workers.providers.health import Dice, Health, HealthRules
-from workers.providers.keys import Grant, KeyRing, KeyRules, Wait
+from workers.providers.keys import Grant, Key, KeyRing, KeyRules, Wait
 from workers.providers.pace import Expected, prompt_tokens
 from workers.providers.prober import Prober
 from workers.providers.rate_headers import told_requests, told_tokens
@@ -280,10 +280,7 @@ class Accounts(Provider):
                 self._ring.kill(now, key, dead_reason(fault))
                 log.warning("provider_key_died", route=self._route, key=key.label, reason=key.dead)
         elif found is Verdict.COOL:
-            self._ring.limit(now, key, fault.retry_after_s)
-            if fault.retry_after_s is None:  # for the client, if this was the last try
-                fault.retry_after_s = round(key.cools_until - now, 2)
-            log.info("provider_key_limited", route=self._route, key=key.label, for_s=round(key.cools_until - now, 1))
+            self._cool(now, key, fault)
         elif is_unwell(
             fault, waited_s=now - heard.sent_at, patience_s=min(TIMEOUT_COUNTS_S, self._settings.first_byte_timeout_s)
         ):
@@ -292,6 +289,15 @@ class Accounts(Provider):
             self._health.answered(now)
         tries.last, fault.tries = fault, tries.count
         return None if heard.first_s is not None else tries.pause_s(found)
+
+    def _cool(self, now: float, key: Key, fault: Fault) -> None:
+        is_news = key.cools_until <= now
+        self._ring.limit(now, key, fault.retry_after_s)
+        left_s = round(key.cools_until - now, 2)
+        if fault.retry_after_s is None:  # for the client, if this was the last try
+            fault.retry_after_s = left_s
+        if is_news:
+            log.info("provider_key_limited", route=self._route, key=key.label, for_s=left_s)
 
     def _ended(self, job: Job, grant: Grant, heard: _Heard) -> None:
         used = heard.used

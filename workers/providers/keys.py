@@ -27,7 +27,7 @@ from workers.providers.rate_headers import Told
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRules:
     cooling_first_s: float = 1.0  # after a 429 that names no time; then twice as long each time
-    cooling_max_s: float = 300.0
+    cooling_max_s: float = 60.0
     probe_first_s: float = 1.0  # of a dead key
     probe_max_s: float = 600.0
     minute_s: float = 60.0  # how long a route's minute is
@@ -154,7 +154,12 @@ class KeyRing:
         key.dead = key.backoff = None
 
     def limit(self, now: float, key: Key, retry_after_s: float | None) -> None:
-        """The provider said 429: the key cools as long as it asked for, or longer each time."""
+        """The provider said 429: the key cools as long as it asked for, or longer each time.
+
+        Those that were under way when it began to cool say nothing new.
+        """
+        if retry_after_s is None and key.cools_until > now:
+            return
         backoff_s = min(self._rules.cooling_first_s * 2**key.limited, self._rules.cooling_max_s)
         jittered_s = backoff_s * (0.75 + 0.5 * self._dice())
         key.limited = min(key.limited + 1, 30)

@@ -55,6 +55,8 @@ def reset_s(text: str | None, *, now: datetime) -> float | None:
 
 
 def _told(headers: Mapping[str, str], limit: str | None, left: str | None, reset: str | None, *, now: datetime) -> Told:
+    if _count(headers, limit) == 0:  # some say so where there is none
+        return Told()
     return Told(
         limit=_count(headers, limit),
         left=_count(headers, left),

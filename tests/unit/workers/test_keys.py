@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas.standing import KeyState
 from workers.providers.keys import Grant, Key, KeyRing, KeyRules, Wait, label_of
@@ -82,6 +84,16 @@ def test_a_limited_key_cools_longer_each_time_where_the_provider_names_no_time()
         now = key(keys, "a").cools_until
     assert ends[:4] == [1.0, 2.0, 4.0, 8.0]
     assert ends[-1] == KeyRules().cooling_max_s
+
+
+def test_many_at_once_that_are_limited_are_one_limit() -> None:
+    """They were all under way when the key began to cool: only a try that was sent after that makes it cool longer."""
+    keys = ring("a")
+    for number in range(10):
+        keys.limit(number / 100, key(keys, "a"), None)
+    assert waits(keys) == 1.0
+    keys.limit(0.5, key(keys, "a"), 9.0)
+    assert waits(keys) == 9.5, "the provider's own word counts all the same"
 
 
 def test_a_served_key_begins_its_back_off_anew_but_not_by_an_answer_to_an_earlier_try() -> None:
@@ -180,6 +192,46 @@ def test_the_reason_of_a_wait_says_which_limit_it_is() -> None:
     found = keys.grant(0.0, 1)
     assert isinstance(found, Wait)
     assert found.why == "its 1 requests a minute are used up"
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["grant", "end", "limit", "kill", "revive", "told"]), st.integers(0, 5), st.floats(0, 3)
+        ),
+        max_size=80,
+    )
+)
+def test_whatever_happens_a_grant_is_only_given_where_there_is_room(steps: list[tuple[str, int, float]]) -> None:
+    keys = ring(requests_per_minute=20)
+    now, held = 0.0, list[Grant]()
+    for what, number, wait_s in steps:
+        now += wait_s
+        chosen = keys.keys[number % 3]
+        if what == "grant":
+            found = keys.grant(now, 1)
+            if isinstance(found, Grant):
+                assert found.key.dead is None
+                assert found.key.cools_until <= now
+                assert keys.rates(now).requests <= 20
+                held.append(found)
+            elif isinstance(found, Wait):
+                assert found.until > now
+            else:
+                assert all(each.dead for each in keys.keys)
+        elif what == "end" and held:
+            keys.ended(held.pop(number % len(held)), number)
+        elif what == "limit":
+            keys.limit(now, chosen, float(number) if number % 2 else None)
+        elif what == "kill":
+            keys.kill(now, chosen, "refused")
+        elif what == "revive":
+            keys.revive(chosen)
+        elif what == "told" and held:
+            keys.told(now, held[-1], requests=Told(limit=5, left=number, reset_s=wait_s), tokens=UNTOLD)
+    for grant in held:
+        keys.ended(grant, None)
+    assert [(each.running, each.requests.pending, each.tokens.pending) for each in keys.keys] == [(0, 0, 0)] * 3
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,11 @@ def test_what_is_no_count_is_not_told(value: str) -> None:
     assert told_requests(headers, RATE_LIMITS["openai"], now=NOW) == Told()
 
 
+def test_a_limit_of_nothing_is_none() -> None:
+    headers = {"x-ratelimit-limit-requests": "0", "x-ratelimit-remaining-requests": "0"}
+    assert told_requests(headers, RATE_LIMITS["openai"], now=NOW) == Told()
+
+
 def test_a_provider_without_such_headers_tells_nothing() -> None:
     headers = {"x-ratelimit-remaining-requests": "0"}
     assert told_requests(headers, RATE_LIMITS["unknown"], now=NOW) == Told()
