@@ -298,10 +298,13 @@ async def test_silence_in_the_middle_is_a_time_out(ask: Ask, mock: MockProvider)
     ],
 )
 async def test_the_requests_own_time_outs_count_where_they_are_shorter(
-    ask: Ask, timeouts: Timeouts, script: dict[str, Any], message: str
+    mock: MockProvider, timeouts: Timeouts, script: dict[str, Any], message: str
 ) -> None:
     """A little behind the ingress, which keeps them, too, and gives them their names."""
-    fault = await fault_of(ask(timeouts=timeouts, **script))
+    patient = make_openai(mock.base_url, WorkerSettings())
+    mock.script(**{"tokens": 5, **script})
+    fault = await fault_of(hear(patient, make_job({"stream": True}, timeouts=timeouts)))
+    await patient.aclose()
     assert type(fault) is ProviderTimeout
     assert message in fault.message
 
