@@ -24,6 +24,8 @@ JOBS_MAX_AGE_S = 3600
 JOBS_DUPLICATES_S = 10  # longer than a publish is tried; each id costs the server memory for so long
 EVENTS_DUPLICATES_S = 600  # longer than the log tries a page again without looking
 PAGE_MAX_BYTES = 512 * 1024  # with its headers
+CLAIMS_MAX = 50_000
+CLAIM_MAX_BYTES = 1024
 ACK_WAIT_S = 5  # from the pull to Started
 CONSUMER_IDLE_S = 600
 UNAVAILABLE_STATUS = 503
@@ -32,13 +34,13 @@ LEADERS_RETRY_S = 0.25
 
 
 async def ensure_streams(connection: Connection, settings: NatsSettings) -> None:
-    """Makes the three streams, or brings them to these settings. Safe to call at any time, by any number of processes.
+    """Makes the streams, or brings them to these settings. Safe to call at any time, by any number of processes.
 
     Raises: ApiError, BusUnavailable.
     """
     jobs = jobs_stream(settings)
     await _begin_jobs(connection, jobs)
-    for config in (jobs, events_stream(settings), control_stream(settings)):
+    for config in (jobs, events_stream(settings), control_stream(settings), claims_stream(settings)):
         await _ensure_stream(connection, config)
 
 
@@ -53,7 +55,7 @@ async def await_streams(connection: Connection, settings: NatsSettings) -> None:
     while True:
         try:
             await ensure_streams(connection, settings)
-            for stream in (subjects.JOBS, subjects.EVENTS, subjects.CONTROL):
+            for stream in (subjects.JOBS, subjects.EVENTS, subjects.CONTROL, subjects.CLAIMS):
                 await stream_state(connection, stream)  # only its leader answers
         except (ApiError, BusUnavailable) as error:
             refused = isinstance(error, ApiError) and error.status != UNAVAILABLE_STATUS
@@ -112,6 +114,22 @@ def control_stream(settings: NatsSettings) -> dict[str, Any]:
         "deny_delete": True,
         "deny_purge": True,
         "allow_direct": True,
+        "num_replicas": settings.replicas,
+    }
+
+
+def claims_stream(settings: NatsSettings) -> dict[str, Any]:
+    """Memory: a claim points to what an ingress has in its memory. When it is full the oldest are forgotten."""
+    return {
+        "name": subjects.CLAIMS,
+        "subjects": [subjects.ALL_CLAIMS],
+        "storage": "memory",
+        "retention": "limits",
+        "discard": "old",
+        "max_msgs_per_subject": 1,
+        "max_msgs": CLAIMS_MAX,  # no max_bytes: the server would set these aside, and a smaller one has not so many
+        "max_msg_size": CLAIM_MAX_BYTES,
+        "allow_msg_ttl": True,
         "num_replicas": settings.replicas,
     }
 

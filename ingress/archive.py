@@ -82,6 +82,11 @@ class Claim(NamedTuple):
     owner: Owner
     key: str
 
+    @property
+    def name(self) -> str:
+        """For what other ingresses may see: the key itself is its client's."""
+        return hashlib.sha256("\0".join((*self.owner, self.key)).encode()).hexdigest()
+
 
 class Archive:
     """Finds transcripts by request and by Idempotency-Key."""
@@ -113,19 +118,18 @@ class Archive:
         """The same for a stream whose client asked for nothing; None if such aren't kept."""
         return self._open(request_id, owner, grace_s=0, room=self._unasked) if self._keeps_unasked else None
 
-    def claim(self, request_id: RequestId, owner: Owner, *, key: str, body: bytes, grace_s: float) -> Transcript:
-        """The same for *owner*'s Idempotency-Key *key*, which nobody has: `find_claim` found nothing."""
-        claim = Claim(owner, key)
+    def claim(self, request_id: RequestId, claim: Claim, *, body: bytes, grace_s: float) -> Transcript:
+        """The same for an Idempotency-Key that nobody has here: `find_claim` found nothing."""
         assert claim not in self._by_key  # noqa: S101 - else two would generate
-        transcript = self._open(request_id, owner, grace_s=grace_s, room=self._keyed)
+        transcript = self._open(request_id, claim.owner, grace_s=grace_s, room=self._keyed)
         self._by_key[claim] = transcript, fingerprint(body)
         self._claims[request_id] = claim
         return transcript
 
-    def find_claim(self, owner: Owner, *, key: str, body: bytes) -> Transcript | None:
-        """What was said under *owner*'s *key* already. Raises: IdempotencyKeyReused if it was for another body."""
+    def find_claim(self, claim: Claim, *, body: bytes) -> Transcript | None:
+        """What was said under this key already. Raises: IdempotencyKeyReused if it was for another body."""
         self._expire()
-        found = self._by_key.get(Claim(owner, key))
+        found = self._by_key.get(claim)
         if found is None:
             return None
         transcript, known = found

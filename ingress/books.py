@@ -22,6 +22,7 @@ from schemas.events import (
     LeftOutLeg,
     RequestAccepted,
     RequestFinished,
+    RequestRejected,
     StreamMigrated,
 )
 from schemas.frames import Delta, Finished
@@ -99,9 +100,7 @@ class Books:
         self.overhead_us = 0  # ours until the first chunk: all time but the provider's
         self.tried = ""  # the attempts that came to nothing and why, for a header
         self.delivered = False  # something reached the client
-        self.served = (
-            False  # it was answered or has a cost, so that it must not be done again for the same Idempotency-Key
-        )
+        self.served = False  # it was answered or has a cost: not to be done again for the same Idempotency-Key
         self.migrations = 0
         self.carried = 0  # completion tokens that earlier attempts have delivered
         self.estimated = False  # part of the usage is, whatever the last provider reports
@@ -133,6 +132,24 @@ class Books:
         """Returns when the acceptance is durable. Raises: LogUnavailable if that takes longer than `RECORD_WAIT_S`."""
         assert self._accepted is not None  # noqa: S101 - `open` comes first
         await self._log.durable(self._accepted, within_s=RECORD_WAIT_S)
+
+    def note_refused(self, error: PenstockError) -> None:
+        """It was admitted, but another ingress knows better."""
+        self._log.note(
+            RequestRejected(
+                id=EventId(new_id()),
+                ts_ns=time.time_ns(),
+                org=self.principal.org,
+                request_id=self.arrival.request_id,
+                producer=self._log.producer,
+                key_id=self.principal.key_id,
+                model=self.request.model,
+                code=error.code,
+                http_status=problem_of(error).status,
+                stream=self.request.stream,
+                body_bytes=self._body_bytes,
+            )
+        )
 
     def note_attempt(self) -> None:
         """One more attempt has begun."""

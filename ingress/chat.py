@@ -73,7 +73,7 @@ class ChatCompletions:
         self._settings = settings
         self._running = 0
         self._held_bytes = 0  # bodies of all requests under way
-        self.replays = Replays(services.log, control, settings, services.neighbours)
+        self.replays = Replays(services, control, settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._running += 1

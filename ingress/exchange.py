@@ -13,6 +13,7 @@ import structlog
 from msgspec import Raw
 from starlette.types import Receive
 
+from bus.claims import Claims
 from bus.log import EventLog
 from bus.queue import JobQueue
 from ingress.answer import Answer
@@ -60,6 +61,7 @@ class Services:
     router: Router
     timeouts: Timeouts
     keep_alive_comment_s: float
+    claims: Claims | None = None  # over all ingresses; None: there is no other
     neighbours: Neighbours | None = None  # who may have answers that clients ask for here; None: nobody
     drain: Drain = field(default_factory=Drain)
     hedges: Hedges | None = None  # None: no second attempt while one runs

@@ -49,18 +49,26 @@ class Neighbours:
     async def find(self, owner: Owner, request_id: RequestId, *, after: int) -> FarReader:
         """A reader of what another ingress has. Raises: AnswerNotFound, AnswerNotKept, BadRequest."""
         ask = Ask(request_id=request_id, org=owner.org, key_id=owner.key_id, after=after)
+        return await self._read(ask, subjects.EVERY_INGRESS, within_s=FIND_WAIT_S)
+
+    async def read(self, ask: Ask, ingress: IngressId) -> FarReader:
+        """A reader of what *ingress* has. Raises: AnswerNotFound, also if it is gone; AnswerNotKept, BadRequest."""
+        return await self._read(ask, subjects.again(ingress), within_s=ANSWER_WAIT_S)
+
+    async def _read(self, ask: Ask, subject: str, *, within_s: float) -> FarReader:
         try:
-            page = await self.ask(ask, subjects.EVERY_INGRESS, within_s=FIND_WAIT_S)
+            return FarReader(self, ask, await self.ask(ask, subject, within_s=within_s))
         except BusUnavailable as error:
             raise AnswerNotFound from error
-        return FarReader(self, ask, page)
 
     async def ask(self, ask: Ask, subject: str, *, within_s: float = ANSWER_WAIT_S) -> Page:
-        """Raises: BusUnavailable, AnswerNotKept, BadRequest."""
+        """Raises: BusUnavailable, AnswerNotFound, AnswerNotKept, BadRequest."""
         answer = await self._connection.request(subject, codec.encode(ask), timeout_s=within_s)
         page = codec.decode_page(answer.data)
         if page.refused == BadRequest.code:
             raise BadRequest(page.message)
+        if page.refused == AnswerNotFound.code:
+            raise AnswerNotFound
         if page.refused is not None:
             raise AnswerNotKept
         return page
@@ -112,7 +120,8 @@ class Neighbours:
             headers=tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in transcript.headers),
             body=body,
             last=reader.after,
-            ended=ended,
+            ended=ended or (transcript.ended and reader.after == transcript.last),
+            over=transcript.ended,
         )
 
     def _refusal(self, error: PenstockError) -> Page:
@@ -128,7 +137,7 @@ class FarReader:
         self.gone = False
         self.told_status = False
         self.untold = b""
-        self.ended = page.ended
+        self.running = not page.over
         self._neighbours = neighbours
         self._ask = ask
         self._subject = subjects.again(page.ingress)
@@ -143,6 +152,15 @@ class FarReader:
     def headers(self) -> list[tuple[bytes, bytes]]:
         return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._page.headers]
 
+    @property
+    def request_id(self) -> RequestId:
+        return self._ask.request_id
+
+    @property
+    def last(self) -> int:
+        """The last event in what was read."""
+        return self._page.last
+
     async def listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -150,13 +168,25 @@ class FarReader:
 
     async def begun(self) -> bool:
         while not self._page.status and not self.gone:
-            await self._turn()
+            await self.wait()
         return not self.gone
+
+    async def wait(self) -> None:
+        """Asks on, once. Raises: AnswerNotKept, also if who has it is gone: its client is cut off, and may ask again."""
+        after = self._page.last if self._page.body else self._ask.after
+        self._ask = msgspec.structs.replace(self._ask, after=after)
+        try:
+            self._page = await self._neighbours.ask(self._ask, self._subject)
+        except (BusUnavailable, AnswerNotFound, BadRequest) as error:
+            raise AnswerNotKept from error
+        self._read = False
 
     async def next(self) -> bytes:
         while not self.gone:
             if self._read:
-                await self._turn()
+                if self._page.ended:
+                    break
+                await self.wait()
             self._read = True
             if self._page.body or self._page.ended:
                 return self._page.body
@@ -164,13 +194,3 @@ class FarReader:
 
     def close(self) -> None:
         """Who has it notices that nobody asks any more."""
-
-    async def _turn(self) -> None:
-        """Raises: AnswerNotKept, also if who has it is gone: its client is cut off, and may ask again."""
-        after = self._page.last if self._page.body else self._ask.after
-        self._ask = msgspec.structs.replace(self._ask, after=after)
-        try:
-            self._page = await self._neighbours.ask(self._ask, self._subject)
-        except (BusUnavailable, BadRequest) as error:
-            raise AnswerNotKept from error
-        self._read = False

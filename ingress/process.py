@@ -15,6 +15,7 @@ import msgspec
 import structlog
 import uvicorn
 
+from bus.claims import Claims
 from bus.connection import Connection, connect
 from bus.control import ControlFeed
 from bus.log import FENCED, EventLog
@@ -93,6 +94,7 @@ async def run_ingress(
         router=router,
         timeouts=settings.ingress.timeouts,
         keep_alive_comment_s=settings.ingress.keep_alive_comment_s,
+        claims=Claims(connection, publisher),
         neighbours=neighbours,
         hedges=Hedges(router, after_s=settings.ingress.hedge_after_s) if settings.ingress.hedge else None,
     )

@@ -83,7 +83,9 @@ async def _tell(reader: Source, send: Send, headers: Iterable[tuple[bytes, bytes
     if not await reader.begun():
         return
     if not reader.told_status:
-        await send({"type": "http.response.start", "status": reader.status, "headers": [*reader.headers, *headers]})
+        told = reader.headers
+        further = [header for header in headers if header not in told]
+        await send({"type": "http.response.start", "status": reader.status, "headers": [*told, *further]})
         reader.told_status = True
     while body := reader.untold or await reader.next():
         reader.untold = body

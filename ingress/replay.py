@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -11,16 +12,18 @@ import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from bus.control import ControlFeed
-from bus.log import EventLog
 from ingress.answer import Answer
-from ingress.archive import Archive
+from ingress.archive import Archive, Claim
 from ingress.auth import Principal, authenticate
-from ingress.exchange import Exchange
-from ingress.neighbours import FarReader, Neighbours
+from ingress.books import Books
+from ingress.elsewhere import Elsewhere, mirror
+from ingress.exchange import Exchange, Services
+from ingress.neighbours import FarReader
+from ingress.problems import problem_of
 from ingress.protocol import tasks_of
 from ingress.reader import Client, Reader, follow
 from ingress.transcript import Owner, Transcript
-from schemas.errors import AnswerNotFound, BadRequest, MethodNotAllowed
+from schemas.errors import AnswerNotFound, BadRequest, LogUnavailable, MethodNotAllowed, PenstockError
 from schemas.events import RequestReplayed
 from schemas.ids import EventId, RequestId, new_id, request_id_of
 from schemas.settings import IngressSettings
@@ -67,16 +70,17 @@ def wish_of(headers: list[tuple[bytes, bytes]], *, resume_s: float) -> Wish:
 class Replays:
     """What the chat endpoint does so that answers can be read again."""
 
-    def __init__(
-        self, event_log: EventLog, control: ControlFeed, settings: IngressSettings, neighbours: Neighbours | None
-    ) -> None:
+    def __init__(self, services: Services, control: ControlFeed, settings: IngressSettings) -> None:
         self.archive = Archive(settings)
-        self._neighbours = neighbours
-        if neighbours is not None:
+        self._neighbours = neighbours = services.neighbours
+        self._elsewhere: Elsewhere | None = None
+        if neighbours is not None and services.claims is not None:
             neighbours.tell_of(self.archive)
+            ttl_s = settings.idempotency_s + services.timeouts.total_s
+            self._elsewhere = Elsewhere(services.claims, neighbours, ingress=services.ingress, ttl_s=ttl_s)
         self.running = 0  # requests that go on without their clients if need be
         self._tasks: set[asyncio.Future[None]] = set()
-        self._log = event_log
+        self._log = services.log
         self._control = control
         self._resume_s = settings.resume_s
 
@@ -92,7 +96,7 @@ class Replays:
                     "GET /v1/chat/completions/{id of the completion or of the request}."
                 )
             return None
-        transcript = self.archive.find_claim(_owner(principal), key=wish.key, body=body)
+        transcript = self.archive.find_claim(Claim(_owner(principal), wish.key), body=body)
         if transcript is not None:
             after = wish.after or 0
             transcript.check(after)
@@ -109,9 +113,16 @@ class Replays:
         books = exchange.books
         request_id, owner = books.arrival.request_id, _owner(books.principal)
         if wish.lasting:
-            transcript = self._open(wish, request_id, owner, body=body)
+            grace_s = self._resume_s if wish.grace_s is None else wish.grace_s
+            if wish.key is None:
+                transcript = self.archive.open(request_id, owner, grace_s=grace_s)
+                work = self._run(exchange, make_answer, transcript)
+            else:
+                claim = Claim(owner, wish.key)
+                transcript = self.archive.claim(request_id, claim, body=body, grace_s=grace_s)
+                work = self._run_once(exchange, make_answer, transcript, claim=claim, body=body)
             reader = Reader(transcript, after=0)
-            self._spawn(self._run(exchange, make_answer, transcript), client)
+            self._spawn(work, client)
             await follow(reader, client)
         elif books.request.stream and (unasked := self.archive.open_unasked(request_id, owner)) is not None:
             await self._run_attached(exchange, make_answer, unasked, client)
@@ -143,17 +154,11 @@ class Replays:
             if self._neighbours is None:
                 raise
             far = await self._neighbours.find(owner, request_id, after=after)
-            self._note(request_id, principal, by="last_event_id", after=after, running=not far.ended)
+            self._note(request_id, principal, by="last_event_id", after=after, running=far.running)
             return far
         transcript.check(after)
         self._note(request_id, principal, by="last_event_id", after=after, running=not transcript.ended)
         return Reader(transcript, after=after)
-
-    def _open(self, wish: Wish, request_id: RequestId, owner: Owner, *, body: bytes) -> Transcript:
-        grace_s = self._resume_s if wish.grace_s is None else wish.grace_s
-        if wish.key is None:
-            return self.archive.open(request_id, owner, grace_s=grace_s)
-        return self.archive.claim(request_id, owner, key=wish.key, body=body, grace_s=grace_s)
 
     async def _run(self, exchange: Exchange, make_answer: MakeAnswer, transcript: Transcript) -> None:
         """Runs *exchange* for whoever is attached to *transcript*."""
@@ -163,6 +168,41 @@ class Replays:
         finally:
             self.running -= 1
             self.archive.settle(transcript, served=exchange.books.served)
+
+    async def _run_once(
+        self, exchange: Exchange, make_answer: MakeAnswer, transcript: Transcript, *, claim: Claim, body: bytes
+    ) -> None:
+        """The same, unless another ingress runs it, or has run it: then *transcript* gets what that one tells."""
+        request_id = transcript.request_id
+        try:
+            told = await self._told_elsewhere(exchange.books, transcript, claim=claim, body=body)
+        except PenstockError as error:
+            with contextlib.suppress(LogUnavailable):
+                exchange.books.note_refused(error)
+            await make_answer(transcript.send, transcript.cancel).fail(problem_of(error))
+            told = True
+        except asyncio.CancelledError:  # the process stops
+            self.archive.settle(transcript, served=False)
+            raise
+        if told:
+            self.archive.settle(transcript, served=False)  # it is the other one's, who tells it again if need be
+            return
+        await self._run(exchange, make_answer, transcript)
+        if self._elsewhere is not None and not exchange.books.served:
+            await self._elsewhere.give_back(claim, request_id, body)
+
+    async def _told_elsewhere(self, books: Books, transcript: Transcript, *, claim: Claim, body: bytes) -> bool:
+        """Whether *transcript* was told by another ingress, as far as that went.
+
+        Raises: IdempotencyKeyReused, AnswerNotKept, QueueUnavailable, LogUnavailable.
+        """
+        if self._elsewhere is None:
+            return False
+        while (far := await self._elsewhere.look(claim, transcript.request_id, body)) is not None:
+            self._note(far.request_id, books.principal, by="idempotency_key", after=0, running=far.running)
+            if await mirror(far, transcript, header=REPLAYED):
+                return True
+        return False
 
     async def _run_attached(
         self, exchange: Exchange, make_answer: MakeAnswer, transcript: Transcript, client: Client

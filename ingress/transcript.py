@@ -108,12 +108,33 @@ class Transcript:
     def cancel(self) -> None:
         """Ends it, if it has no end of its own: its request was cancelled."""
         if not self.ended:
-            self._end(problem_of(RequestCancelled()))
+            self.end(problem_of(RequestCancelled()))
+
+    def end(self, problem: Problem) -> None:
+        """Ends it with an error of ours."""
+        if self.status:
+            self.take(
+                {
+                    "type": "http.response.body",
+                    "body": error_event(problem.body, self.last + 1),
+                    "more_body": False,
+                }
+            )
+            return
+        length = str(len(problem.body)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+        headers.append((b"x-request-id", self.request_id.encode()))
+        self.take({"type": "http.response.start", "status": problem.status, "headers": headers})
+        self.take({"type": "http.response.body", "body": problem.body, "more_body": False})
 
     async def deserted(self) -> Message:
         """As ASGI's receive: a disconnect, once nobody has been attached for the time of grace."""
         await self._deserted.wait()
         return {"type": "http.disconnect"}
+
+    @property
+    def is_deserted(self) -> bool:
+        return self._deserted.is_set()
 
     def attach(self) -> None:
         self.attached += 1
@@ -217,22 +238,6 @@ class Transcript:
         self.size -= freed
         self.room.charge(-freed)
         self.wake()
-
-    def _end(self, problem: Problem) -> None:
-        if self.status:
-            self.take(
-                {
-                    "type": "http.response.body",
-                    "body": error_event(problem.body, self.last + 1),
-                    "more_body": False,
-                }
-            )
-            return
-        length = str(len(problem.body)).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
-        headers.append((b"x-request-id", self.request_id.encode()))
-        self.take({"type": "http.response.start", "status": problem.status, "headers": headers})
-        self.take({"type": "http.response.body", "body": problem.body, "more_body": False})
 
 
 def _without(body: bytes, after: int) -> bytes:

@@ -7,6 +7,14 @@ from msgspec import Struct
 from schemas.ids import IngressId, KeyId, OrgId, RequestId
 
 
+class Holder(Struct, frozen=True, kw_only=True):
+    """Who serves the requests with some Idempotency-Key: the ingress that got the first one."""
+
+    ingress: IngressId
+    request_id: RequestId
+    fingerprint: bytes  # of the body that the key was used for
+
+
 class Ask(Struct, frozen=True, kw_only=True):
     """For what follows event *after* of what was told to the client with this key."""
 
@@ -25,5 +33,6 @@ class Page(Struct, frozen=True, kw_only=True):
     body: bytes = b""
     last: int = 0  # the last event in *body*
     ended: bool = False  # and nothing more will come
+    over: bool = False  # the request is; some of its answer may still have to be fetched
     refused: str | None = None  # the code of an error instead
     message: str | None = None  # and its words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from schemas.again import Ask, Page
+from schemas.again import Ask, Holder, Page
 from schemas.frames import AnyFrame
 from schemas.jobs import Command, IngressPresence, Job, Presence
 
@@ -12,6 +12,7 @@ _encoder = msgspec.json.Encoder(order="deterministic")
 
 encode = _encoder.encode  # canonical: fields in the order of their definition, keys of mappings sorted
 decode_ask = msgspec.json.Decoder(Ask).decode
+decode_holder = msgspec.json.Decoder(Holder).decode
 decode_page = msgspec.json.Decoder(Page).decode
 decode_frame = msgspec.json.Decoder(AnyFrame).decode
 decode_job = msgspec.json.Decoder(Job).decode

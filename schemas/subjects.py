@@ -4,6 +4,7 @@ jobs.<model>.<route>.<lane>.<org>     JOBS, one job a message
 events.<producer>                     EVENTS, one page a message
 events.fence.<ingress>                EVENTS, empty: from here on nothing that this ingress writes is stored
 control.<entity>.<id>                 CONTROL, one fact a message
+claims.<name>                         CLAIMS, one message: which ingress serves an Idempotency-Key
 w.<worker>.<ingress>.<nonce>          frames of one attempt (core)
 ctl.<worker>  ctl.all                 commands to a worker, or to all (core)
 presence.<worker>                     presence (core)
@@ -26,10 +27,12 @@ from schemas.jobs import Lane
 JOBS = "JOBS"
 EVENTS = "EVENTS"
 CONTROL = "CONTROL"
+CLAIMS = "CLAIMS"
 
 ALL_JOBS = "jobs.>"
 ALL_EVENTS = "events.>"
 ALL_CONTROL = "control.>"
+ALL_CLAIMS = "claims.*"
 ALL_PRESENCE = "presence.*"
 ALL_INGRESS_PRESENCE = "presence.ingress.*"
 EVERY_WORKER = "ctl.all"
@@ -117,6 +120,10 @@ def ctl(worker: WorkerId) -> str:
 
 def here(who: WorkerId | IngressId) -> str:
     return f"here.{who}"
+
+
+def claim(name: str) -> str:
+    return f"claims.{token(name)}"
 
 
 def again(ingress: IngressId) -> str:

@@ -60,7 +60,7 @@ async def test_making_them_again_changes_nothing(connection: Connection, publish
 
 async def test_many_may_make_them_at_once(nats_server: EmbeddedServer, bare: Connection) -> None:
     await asyncio.gather(*(ensure_streams(bare, NatsSettings()) for _ in range(20)))
-    assert sorted((await bare.api("STREAM.NAMES"))["streams"]) == ["CONTROL", "EVENTS", "JOBS"]
+    assert sorted((await bare.api("STREAM.NAMES"))["streams"]) == ["CLAIMS", "CONTROL", "EVENTS", "JOBS"]
 
 
 async def test_changed_settings_are_brought_to_streams_that_are_there(connection: Connection) -> None:

@@ -15,6 +15,7 @@ import openai
 import uvicorn
 from uvicorn.server import ServerState
 
+from bus.claims import Claims
 from bus.connection import Connection, Message, connect
 from bus.control import ControlFeed
 from bus.log import EventLog
@@ -223,6 +224,7 @@ async def ingress_up(
         router=router,
         timeouts=settings.timeouts,
         keep_alive_comment_s=settings.keep_alive_comment_s,
+        claims=Claims(connection, publisher),
         neighbours=neighbours,
         hedges=Hedges(router, after_s=settings.hedge_after_s) if settings.hedge else None,
     )

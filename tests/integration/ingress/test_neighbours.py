@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -127,3 +129,109 @@ async def test_a_part_that_is_forgotten_is_refused_there_too(
             await answer.read()
         async with again(session, other, answer.headers["x-request-id"], after=1) as refused:
             assert (refused.status, code_of(await refused.read())) == (410, "answer_not_kept")
+
+
+# Idempotency-Keys over all ingresses
+
+
+def keyed(at: IngressUnderTest, session: aiohttp.ClientSession, **given: Any) -> aiohttp.client._RequestContextManager:
+    headers: Headers = {**bearer(), "Idempotency-Key": "order-1"}
+    return session.post(f"{at.base_url}/chat/completions", json=body(**given), headers=headers)
+
+
+BOTH = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+@BOTH
+async def test_a_retry_at_another_ingress_is_told_the_same(
+    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession, stream: bool
+) -> None:
+    async with keyed(gateway.ingress, session, stream=stream) as answer:
+        first, headers = await answer.read(), answer.headers
+    for at in (other, gateway.ingress, other):
+        async with keyed(at, session, stream=stream) as answer:
+            assert (answer.status, await answer.read()) == (200, first)
+            assert answer.headers.getall("x-penstock-replayed") == ["true"]
+            for name in ("x-request-id", "content-type", "x-penstock-route", "x-penstock-overhead-ms"):
+                assert answer.headers[name] == headers[name]
+    assert len(mock.seen) == 1
+    await eventually(lambda: len([e for e in gateway.events if e["kind"] == "request.replayed"]) == 3)
+    assert not any(event["running"] for event in gateway.events if event["kind"] == "request.replayed")
+    assert len([e for e in gateway.events if e["kind"] == "request.finished"]) == 1
+
+
+@BOTH
+async def test_tries_at_all_ingresses_at_the_same_moment_share_one_generation(
+    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession, stream: bool
+) -> None:
+    mock.script(tokens=20, pace_s=0.02)
+
+    async def ask(at: IngressUnderTest) -> bytes:
+        async with keyed(at, session, stream=stream) as answer:
+            assert answer.status == 200
+            return await answer.read()
+
+    answers = await asyncio.gather(*(ask(at) for at in (gateway.ingress, other) * 4))
+    assert len(set(answers)) == 1
+    assert len(mock.seen) == 1
+    finished = [event for event in gateway.events if event["kind"] == "request.finished"]
+    assert [event["status"] for event in finished] == ["completed"]
+
+
+async def test_the_same_key_with_another_body_is_refused_at_every_ingress(
+    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession
+) -> None:
+    async with keyed(gateway.ingress, session, content="one") as answer:
+        await answer.read()
+    async with keyed(other, session, content="two") as answer:
+        assert (answer.status, code_of(await answer.read())) == (422, "idempotency_key_reused")
+    rejected = await eventually(lambda: [e for e in gateway.events if e["kind"] == "request.rejected"])
+    assert [event["code"] for event in rejected] == ["idempotency_key_reused"]
+    async with keyed(other, session, content="one") as answer:
+        assert answer.status == 200
+    assert len(mock.seen) == 1
+
+
+async def test_what_cost_nothing_at_one_ingress_is_tried_again_at_another(
+    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession
+) -> None:
+    mock.script(status=500)
+    async with keyed(gateway.ingress, session) as answer:
+        assert answer.status == 502
+    mock.script(text="now")
+    async with keyed(other, session) as answer:
+        assert answer.status == 200
+        assert b"now" in await answer.read()
+        assert "x-penstock-replayed" not in answer.headers
+
+
+async def test_a_claim_of_an_ingress_that_is_gone_is_taken_over(
+    gateway: Gateway, nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession
+) -> None:
+    """Its answer is gone with it, and a retry is a new request."""
+    async with (
+        ingress_up(nats_server.url, settings=IngressSettings(), routes=(route_settings(mock),)) as gone,
+        keyed(gone, session) as answer,
+    ):
+        assert answer.status == 200
+        await answer.read()
+    for replayed in (False, True):
+        async with keyed(gateway.ingress, session) as answer:
+            assert answer.status == 200
+            assert ("x-penstock-replayed" in answer.headers) is replayed
+    assert len(mock.seen) == 2
+
+
+async def test_a_retry_at_another_ingress_keeps_the_request_going(
+    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession
+) -> None:
+    mock.script(tokens=30, pace_s=0.1)
+    async with Stream(gateway.base_url) as stream:
+        await stream.begin(body(stream=True), **{"Idempotency-Key": "order-1", "x-penstock-resume": "1"})
+        await stream.read_events(2)
+    async with keyed(other, session, stream=True) as answer:
+        whole = await answer.read()
+    assert text_of(whole) == " ".join(f"w{number}" for number in range(30))
+    assert events_of(whole)[:2] == events_of(stream.raw)[:2]
+    assert len(mock.seen) == 1
+    assert (await gateway.ending(stream.request_id))["status"] == "completed"

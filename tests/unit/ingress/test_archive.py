@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from ingress.archive import Archive, fingerprint
+from ingress.archive import Archive, Claim, fingerprint
 from ingress.transcript import EVENT, Owner, Transcript
 from schemas.errors import AnswerNotFound, AnswerNotKept, BadRequest, IdempotencyKeyReused
 from schemas.ids import KeyId, OrgId, RequestId
@@ -52,18 +52,18 @@ def tell(transcript: Transcript, *, events: int = 3, size: int = 100) -> None:
 
 
 def claim(kept: Archive, number: int, *, body: bytes = b"{}", owner: Owner = OWNER) -> Transcript:
-    return kept.claim(request(number), owner, key=f"key-{number}", body=body, grace_s=60)
+    return kept.claim(request(number), Claim(owner, f"key-{number}"), body=body, grace_s=60)
 
 
 async def test_a_key_finds_its_transcript_while_it_runs_and_after_it_was_served() -> None:
     kept = archive()
-    assert kept.find_claim(OWNER, key="key-1", body=b"{}") is None
+    assert kept.find_claim(Claim(OWNER, "key-1"), body=b"{}") is None
     transcript = claim(kept, 1)
-    assert kept.find_claim(OWNER, key="key-1", body=b"{}") is transcript
-    assert kept.find_claim(OTHER, key="key-1", body=b"{}") is None
+    assert kept.find_claim(Claim(OWNER, "key-1"), body=b"{}") is transcript
+    assert kept.find_claim(Claim(OTHER, "key-1"), body=b"{}") is None
     tell(transcript)
     kept.settle(transcript)
-    assert kept.find_claim(OWNER, key="key-1", body=b"{}") is transcript
+    assert kept.find_claim(Claim(OWNER, "key-1"), body=b"{}") is transcript
     assert kept.find(OWNER, request(1)) is transcript
 
 
@@ -71,7 +71,7 @@ async def test_another_body_under_the_same_key_is_refused_and_a_claim_can_not_be
     kept = archive()
     claim(kept, 1, body=b'{"a":1}')
     with pytest.raises(IdempotencyKeyReused):
-        kept.find_claim(OWNER, key="key-1", body=b'{"a":2}')
+        kept.find_claim(Claim(OWNER, "key-1"), body=b'{"a":2}')
     with pytest.raises(AssertionError):
         claim(kept, 1, body=b'{"a":1}')
 
@@ -93,7 +93,7 @@ async def test_what_was_not_served_frees_its_key_and_can_still_be_read_on() -> N
     transcript = claim(kept, 1)
     tell(transcript)
     kept.settle(transcript, served=False)
-    assert kept.find_claim(OWNER, key="key-1", body=b"other") is None
+    assert kept.find_claim(Claim(OWNER, "key-1"), body=b"other") is None
     assert kept.find(OWNER, request(1)) is transcript
     assert claim(kept, 1, body=b"again") is not transcript
 
@@ -115,7 +115,7 @@ async def test_each_sort_has_its_time() -> None:
             kept.find(OWNER, request(number))
     assert kept.find(OWNER, request(2)) is keyed
     clock.now = 3601
-    assert kept.find_claim(OWNER, key="key-2", body=b"{}") is None
+    assert kept.find_claim(Claim(OWNER, "key-2"), body=b"{}") is None
     assert (len(kept), kept.kept_bytes) == (0, 0)
 
 
@@ -124,7 +124,7 @@ async def test_one_that_runs_does_not_expire() -> None:
     kept = archive(clock=clock)
     transcript = claim(kept, 1)
     clock.now = 1e6
-    assert kept.find_claim(OWNER, key="key-1", body=b"{}") is transcript
+    assert kept.find_claim(Claim(OWNER, "key-1"), body=b"{}") is transcript
 
 
 async def test_the_oldest_lose_what_they_hold_and_a_retry_is_told_so() -> None:
@@ -134,11 +134,11 @@ async def test_the_oldest_lose_what_they_hold_and_a_retry_is_told_so() -> None:
         tell(transcript, size=5 * KIB)
         kept.settle(transcript)
     assert kept.kept_bytes <= 100 * KIB
-    old = kept.find_claim(OWNER, key="key-0", body=b"{}")
+    old = kept.find_claim(Claim(OWNER, "key-0"), body=b"{}")
     assert old is not None
     with pytest.raises(AnswerNotKept):
         old.check(0)
-    new = kept.find_claim(OWNER, key="key-19", body=b"{}")
+    new = kept.find_claim(Claim(OWNER, "key-19"), body=b"{}")
     assert new is not None
     new.check(0)
 
@@ -165,8 +165,8 @@ async def test_there_are_no_more_than_may_be() -> None:
         tell(transcript)
         kept.settle(transcript)
     assert len(kept) == 10
-    assert kept.find_claim(OWNER, key="key-89", body=b"{}") is None
-    assert kept.find_claim(OWNER, key="key-90", body=b"{}") is not None
+    assert kept.find_claim(Claim(OWNER, "key-89"), body=b"{}") is None
+    assert kept.find_claim(Claim(OWNER, "key-90"), body=b"{}") is not None
 
 
 async def test_those_that_run_are_within_the_bound_too() -> None:
