@@ -86,6 +86,17 @@ class Load:
         """How many slots are, as far as can be known here: what others began since isn't."""
         return max(self.slots - self.free + self.begun, self.running, 0)
 
+    def tell(self, offer: RouteOffer, *, sign: int, serves: bool) -> None:
+        """A worker says this (*sign* 1), or doesn't any more (-1). One that takes no jobs has no slots."""
+        self.begun = 0
+        if serves:
+            self.workers += sign
+            self.slots += sign * offer.slots
+            self.free += sign * offer.free
+        if serves and offer.held is not None:
+            self.held += sign
+            self.why_held = offer.held
+
     @property
     def is_held(self) -> bool:
         """Whether all its workers let jobs wait: the account's limits are used up."""
@@ -262,14 +273,11 @@ class Fleet:
         """Puts what a worker says of its slots in place of what it said before."""
         for presence, sign in ((before, -1), (now, 1)):
             for offer in () if presence is None else presence.routes:
-                load = self.load(offer.route)
-                load.slots += sign * offer.slots
-                load.free += sign * offer.free
-                load.begun = 0
-                load.workers += sign
-                if offer.held is not None:
-                    load.held += sign
-                    load.why_held = offer.held
+                self.load(offer.route).tell(offer, sign=sign, serves=_serves(presence, offer))
+        for offer in () if before is None or now is not None else before.routes:
+            load = self.load(offer.route)
+            if load.workers == 0 and load.running == 0:
+                del self._loads[offer.route]
 
     def _index(self) -> None:
         offers: dict[str, dict[RouteId, Offer]] = {}
@@ -279,7 +287,7 @@ class Fleet:
                 for model in route.models:
                     offer = _offer(route, model)
                     self._know(route.route, model.name, offer)
-                    if presence.state is WorkerState.SERVING and route.down is None:
+                    if _serves(presence, route):
                         routes = offers.setdefault(model.name, {})
                         known = routes.get(route.route)
                         routes[route.route] = offer if known is None else known.beside(offer)
@@ -307,6 +315,10 @@ class Fleet:
                 continue
             for worker in [w for w, (_, at) in self._heard.items() if now - at > self._lost_after_s]:
                 self._forget(worker, reason="silent")
+
+
+def _serves(presence: Presence | None, offer: RouteOffer) -> bool:
+    return presence is not None and presence.state is WorkerState.SERVING and offer.down is None
 
 
 def _offers_the_same(before: Presence, now: Presence) -> bool:

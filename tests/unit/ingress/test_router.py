@@ -305,8 +305,12 @@ async def test_the_load_is_what_workers_say_and_what_began_since() -> None:
     assert made.fleet.load(RouteId("a")).taken == 2
     await made.hears(offer("a", slots=10, free=10), worker=OTHER)
     assert made.fleet.load(RouteId("a")).slots == 20
+    await made.hears(offer("a", slots=10, free=10), worker=OTHER, state=WorkerState.DRAINING)
+    assert made.fleet.load(RouteId("a")).slots == 10
     await made.hears(worker=OTHER, state=WorkerState.GONE)
     assert made.fleet.load(RouteId("a")).slots == 10
+    await made.hears(state=WorkerState.GONE)
+    assert not made.fleet._loads
 
 
 async def test_a_route_whose_jobs_wait_for_its_limits_is_a_last_resort() -> None:
