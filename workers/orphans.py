@@ -43,12 +43,14 @@ class Orphans:
         self._stop = stop
         self._absent: dict[IngressId, int] = {}  # how often in a row nobody listened
         self._looking: asyncio.Task[None] | None = None
+        self._stopping = False
 
     async def start(self) -> None:
         await self._roll.start()
         self._looking = asyncio.create_task(self._look_regularly(), name="orphans")
 
     async def stop(self) -> None:
+        self._stopping = True  # in Python 3.11 a cancellation can be lost that meets an answer just as it comes
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
@@ -59,7 +61,7 @@ class Orphans:
         return job.announced and self._roll.has_heard(job.ingress) and self._roll.silent_s(job.ingress) > LOST_AFTER_S
 
     async def _look_regularly(self) -> None:
-        while True:
+        while not self._stopping:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 await self._look()

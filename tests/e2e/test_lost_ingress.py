@@ -21,7 +21,7 @@ from tests.restarts import frozen
 from tests.waiting import eventually
 
 CLOSED_WITHIN_S = 60.0
-STANDSTILL_S = 14.0  # longer than this deployment's ledger is patient, its looks included
+STANDSTILL_S = 17.0  # longer than this deployment's ledger is patient, its looks included
 
 pytestmark = pytest.mark.timeout(150)
 
