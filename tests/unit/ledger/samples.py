@@ -16,6 +16,7 @@ from schemas.events import (
     RequestFinished,
     RequestRejected,
     RequestReplayed,
+    StreamMigrated,
 )
 from schemas.money import Price, Usage, cost
 
@@ -72,6 +73,12 @@ def started(request: int = 1, **changes: Any) -> AttemptStarted:
 def lost(request: int = 1, **changes: Any) -> AttemptLost:
     usual = {"epoch": 1, "route": "r1", "worker": "worker-1", "code": "worker_lost"}
     return AttemptLost(**{**_envelope(request, 30), **usual, **changes})
+
+
+def migrated(request: int = 1, **changes: Any) -> StreamMigrated:
+    usual = {"epoch": 2, "route": "r2", "worker": "worker-2", "from_route": "r1", "from_worker": "worker-1"}
+    told = {"reason": "worker_lost", "how": "exact", "tokens_carried": 7, "gap_us": 85_000}
+    return StreamMigrated(**{**_envelope(request, 31), **usual, **told, **changes})
 
 
 def receipt(request: int = 1, **changes: Any) -> AttemptFinished:

@@ -74,6 +74,21 @@ def test_each_attempt_is_told_on_its_own() -> None:
     assert "2 attempts; moved once" in texts[5]
 
 
+def test_an_answer_that_went_on_elsewhere_says_from_where_to_where() -> None:
+    events = [
+        samples.finished(attempts=2, migrations=1),
+        samples.migrated(),
+        samples.lost(epoch=1),
+        samples.started(epoch=2),
+    ]
+    texts = [moment.text for moment in tell(ID, events).moments]
+    assert texts[2] == (
+        "went on as attempt 2 at worker-2 on r2, exact, behind 7 tokens of worker-1 on r1 (worker_lost); "
+        "85.0 ms without a token"
+    )
+    assert "moved once" in texts[3]
+
+
 def test_a_rejected_request_has_its_reason() -> None:
     life = tell(ID, [samples.rejected(key_id=None, model=None, code="invalid_api_key", http_status=401)])
     assert life.summary == "rejected, HTTP 401, invalid_api_key"
