@@ -178,7 +178,7 @@ def _engine(stats: dict[str, Any] | None) -> str | None:
     told = [f"{stats['running']} running", f"{stats['waiting']} waiting"]
     if stats["cache_used"] is not None:
         told.append(f"cache {stats['cache_used']:.0%} full")
-    if stats["prefix_asked"]:
+    if stats["prefix_asked"] and stats["prefix_found"] is not None:
         told.append(f"{stats['prefix_found'] / stats['prefix_asked']:.0%} of prompts from cache")
     return ", ".join(told)
 
