@@ -123,9 +123,9 @@ class Router:
     def _rules(self, wishes: Preferences, key: KeyStated, body: bytes) -> Rules:
         """Raises: BadRequest."""
         return Rules(
-            first=self._checked(wishes.order, "order") or (),
-            only=_set(self._checked(wishes.only, "only")),
-            ignore=frozenset(self._checked(wishes.ignore, "ignore") or ()),
+            first=self._checked(wishes.order, "order", key) or (),
+            only=_set(self._checked(wishes.only, "only", key)),
+            ignore=frozenset(self._checked(wishes.ignore, "ignore", key) or ()),
             fallbacks=wishes.allow_fallbacks is not False,
             cap=NO_CAP if wishes.max_price is None else wishes.max_price.cap(),
             quantisations=_set(_lower(wishes.quantizations)),
@@ -135,20 +135,24 @@ class Router:
             key_cap=key.max_price,
         )
 
-    def _checked(self, names: tuple[str, ...] | None, member: str) -> tuple[str, ...] | None:
+    def _checked(self, names: tuple[str, ...] | None, member: str, key: KeyStated) -> tuple[str, ...] | None:
         """*names* in lower case. Raises: BadRequest if one of them means nothing here."""
         lower = _lower(names)
         for i, name in enumerate(lower or ()):
             if name not in self._names:
-                here = sorted(self._here())
-                shown = ", ".join(here[:NAMES_SHOWN]) + (", …" if len(here) > NAMES_SHOWN else "")
                 param = f"provider.{member}[{i}]"
                 raise BadRequest(
-                    f"Invalid value for '{param}': there is no route and no provider '{names[i] if names else name}'. "
-                    f"There are: {shown}.",
+                    f"Invalid value for '{param}': there is no route and no provider of this name. "
+                    f"There are: {self._shown_to(key)}.",
                     param=param,
                 )
         return lower
+
+    def _shown_to(self, key: KeyStated) -> str:
+        """The names that *key* may know of, as many as fit into a sentence."""
+        its_own = _set(_lower(key.routes))
+        names = sorted(name for name in self._here() if its_own is None or name.lower() in its_own)
+        return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
 
     def _orders_of(self, models: tuple[str, ...], wishes: Preferences) -> list[tuple[str | Block, ...]]:
         if wishes.sort_by is not None:

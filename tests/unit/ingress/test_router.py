@@ -190,6 +190,15 @@ async def test_a_key_without_limits_is_as_good_as_none_and_one_with_them_is_held
     assert made.plan(key={"max_price": PriceCap(prompt=10)}).routes == ("a", "b")
 
 
+async def test_a_mistake_lists_what_there_is_as_far_as_the_key_may_know() -> None:
+    made = Deployment()
+    await made.hears(*(f"r{i:02}" for i in range(25)))
+    with pytest.raises(BadRequest, match=r"There are: p, r00, r01, .*, r18, …\."):
+        made.plan(provider={"ignore": ["typo"]})
+    with pytest.raises(BadRequest, match=r"There are: r03\."):
+        made.plan(provider={"ignore": ["typo"]}, key={"routes": ("R03",)})
+
+
 @pytest.mark.parametrize("error", [ProviderAuth(), ProviderRateLimited(retry_after_s=5.0), ProviderFailed()])
 async def test_a_fault_puts_its_place_last_and_an_answer_back(error: PenstockError) -> None:
     made = Deployment()
