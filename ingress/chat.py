@@ -99,7 +99,19 @@ class ChatCompletions:
                 await self.replays.tell_again(admitted, after=visit.wish.after or 0, client=client)
             case Exchange():
                 answer = partial(_answer, admitted.books)
-                await self.replays.serve(admitted, answer, visit.wish, body=visit.body, client=client)
+                hold_on = partial(self._hold_on, visit)
+                await self.replays.serve(
+                    admitted, answer, visit.wish, body=visit.body, client=client, on_lasting=hold_on
+                )
+
+    def _hold_on(self, visit: Visit) -> Callable[[], None]:
+        """*visit*'s body is held beyond its client's stay, until what this returns is called."""
+        held, visit.held_bytes = visit.held_bytes, 0
+
+        def let_go() -> None:
+            self._held_bytes -= held
+
+        return let_go
 
     async def _admit(self, visit: Visit, scope: Scope, receive: Receive) -> Exchange | Transcript:
         """The exchange for a request that may be served, or what is said already to the same one; *visit* is told what is known of it.

@@ -8,8 +8,10 @@ from ingress.neighbours import FarReader, Neighbours
 from ingress.problems import problem_of
 from ingress.transcript import EVENT, Transcript
 from schemas.again import Ask, Holder
-from schemas.errors import AnswerNotFound, AnswerNotKept, FrameGap, IdempotencyKeyReused
+from schemas.errors import AnswerNotFound, AnswerNotKept, FrameGap, IdempotencyKeyReused, QueueUnavailable
 from schemas.ids import IngressId, RequestId
+
+HOLDERS_MAX = 5  # of one claim that are gone, one after the other
 
 
 class Elsewhere:
@@ -27,15 +29,18 @@ class Elsewhere:
         Raises: IdempotencyKeyReused, AnswerNotKept, QueueUnavailable.
         """
         mine = self._holder(request_id, body)
-        held = await self._claims.take(claim.name, mine, ttl_s=self._ttl_s)
-        while held is not None:
+        gone_seq = 0
+        for _ in range(HOLDERS_MAX):
+            held = await self._claims.take(claim.name, mine, ttl_s=self._ttl_s, from_seq=gone_seq)
+            if held is None:
+                return None
             far = await self._far(held, claim)
             if far is not None:
                 if held.holder.fingerprint != mine.fingerprint:
                     raise IdempotencyKeyReused
                 return far
-            held = await self._claims.take(claim.name, mine, ttl_s=self._ttl_s, from_seq=held.seq)
-        return None
+            gone_seq = held.seq
+        raise QueueUnavailable
 
     async def give_back(self, claim: Claim, request_id: RequestId, body: bytes) -> None:
         """What was neither served nor billed may be tried again, by anybody."""

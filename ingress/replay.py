@@ -23,7 +23,7 @@ from ingress.problems import problem_of
 from ingress.protocol import tasks_of
 from ingress.reader import Client, Reader, follow
 from ingress.transcript import Owner, Transcript
-from schemas.errors import AnswerNotFound, BadRequest, LogUnavailable, MethodNotAllowed, PenstockError
+from schemas.errors import AnswerNotFound, BadRequest, LogUnavailable, MethodNotAllowed, PenstockError, QueueUnavailable
 from schemas.events import RequestReplayed
 from schemas.ids import EventId, RequestId, new_id, request_id_of
 from schemas.settings import IngressSettings
@@ -31,6 +31,7 @@ from schemas.settings import IngressSettings
 log = structlog.get_logger()
 
 KEY_CHARS_MAX = 255
+LOOKS_MAX = 3  # at ingresses that went away before they had told anything
 EVENT_DIGITS_MAX = 15
 REPLAYED = (b"x-penstock-replayed", b"true")
 
@@ -107,9 +108,19 @@ class Replays:
         return transcript
 
     async def serve(
-        self, exchange: Exchange, make_answer: MakeAnswer, wish: Wish, *, body: bytes, client: Client
+        self,
+        exchange: Exchange,
+        make_answer: MakeAnswer,
+        wish: Wish,
+        *,
+        body: bytes,
+        client: Client,
+        on_lasting: Callable[[], Callable[[], None]],
     ) -> None:
-        """Runs *exchange* for *client*, and keeps what that is told."""
+        """Runs *exchange* for *client*, and keeps what that is told.
+
+        *on_lasting* is called if the exchange may outlive its client, and what it returns when the exchange is over.
+        """
         books = exchange.books
         request_id, owner = books.arrival.request_id, _owner(books.principal)
         if wish.lasting:
@@ -122,7 +133,8 @@ class Replays:
                 transcript = self.archive.claim(request_id, claim, body=body, grace_s=grace_s)
                 work = self._run_once(exchange, make_answer, transcript, claim=claim, body=body)
             reader = Reader(transcript, after=0)
-            self._spawn(work, client)
+            on_over = on_lasting()
+            self._spawn(work, client).add_done_callback(lambda _: on_over())
             await follow(reader, client)
         elif books.request.stream and (unasked := self.archive.open_unasked(request_id, owner)) is not None:
             await self._run_attached(exchange, make_answer, unasked, client)
@@ -198,11 +210,14 @@ class Replays:
         """
         if self._elsewhere is None:
             return False
-        while (far := await self._elsewhere.look(claim, transcript.request_id, body)) is not None:
+        for _ in range(LOOKS_MAX):
+            far = await self._elsewhere.look(claim, transcript.request_id, body)
+            if far is None:
+                return False
             self._note(far.request_id, books.principal, by="idempotency_key", after=0, running=far.running)
             if await mirror(far, transcript, header=REPLAYED):
                 return True
-        return False
+        raise QueueUnavailable
 
     async def _run_attached(
         self, exchange: Exchange, make_answer: MakeAnswer, transcript: Transcript, client: Client
@@ -233,12 +248,13 @@ class Replays:
             transcript.on_reader = None
             self.archive.settle(transcript)
 
-    def _spawn(self, work: Awaitable[None], client: Client) -> None:
+    def _spawn(self, work: Awaitable[None], client: Client) -> asyncio.Future[None]:
         """Runs *work* as the server's own requests run: a drain waits for it."""
         task = asyncio.ensure_future(work)
         for tasks in (self._tasks, tasks_of(client.scope.get("state", {}))):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+        return task
 
     def _note(self, request_id: RequestId, principal: Principal, *, by: str, after: int, running: bool) -> None:
         """Raises: LogUnavailable."""

@@ -106,8 +106,11 @@ async def test_a_drain_waits_for_a_request_whose_client_is_away_and_its_end_is_r
     client.leave()
     await task
     assert len(bench.tasks) == 1  # the server waits for it
+    assert bench.chat._held_bytes == len(STREAM_BODY)
     bench.finish(job, 1, text="a")
     await asyncio.gather(*bench.tasks)
+    await _turns()
+    assert bench.chat._held_bytes == 0
     assert bench.log.finished.status == "completed"
 
 
