@@ -279,6 +279,11 @@ class Bench:
         chunks = tuple(Raw(b'{"choices":[{"index":0,"delta":{"content":"%b"}}]}' % text.encode()) for text in texts)
         self.feed(job, Delta(request_id=job.request_id, epoch=job.epoch, seq=seq, chunks=chunks, tokens=len(texts)))
 
+    def role(self, job: Job, seq: int) -> None:
+        """What opens an answer and says nothing."""
+        chunk = Raw(b'{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}')
+        self.feed(job, Delta(request_id=job.request_id, epoch=job.epoch, seq=seq, chunks=(chunk,)))
+
     def finish(self, job: Job, seq: int, *, text: str | None = None, worker: WorkerId = WORKER) -> None:
         message = Raw(
             b'{"choices":[{"index":0,"message":{"role":"assistant","content":"%b"}}]}' % (text or "").encode()
