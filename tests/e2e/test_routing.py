@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.asking import ask
 from tests.e2e.deployment import MODEL, Deployment, Provider, penstock_up
+from tests.waiting import eventually
 
 CONFIG = f"""
 [[routes]]
@@ -68,6 +69,45 @@ async def test_the_file_orders_the_routes_and_explain_says_why(routed: Deploymen
     life = " ".join((await told(routed, wished.request_id)).split())
     assert "plan cheap ($0.01 in and $0.02 out) → mock ($0.15 in and $0.6 out)" in life
     assert "left out: far (over provider.max_price), all routes as x (no such model here)" in life
+
+
+async def test_explain_says_what_was_tried_and_why_it_came_to_nothing(routed: Deployment, provider: Provider) -> None:
+    absent = {"status": 404, "error": {"message": "no model", "code": "model_not_found"}, "delay_s": 0.5}
+    provider.script(**absent)
+    seen = len(provider.seen())
+    async with routed.sdk() as client:
+        asking = asyncio.create_task(ask(client))
+        await eventually(lambda: len(provider.seen()) > seen)
+        provider.script()
+        heard = await asking
+    assert heard.text == "one two three"
+    life = " ".join((await told(routed, heard.request_id)).split())
+    assert "attempt 1 given up: upstream_rejected" in life
+    assert "on mock, HTTP 404); at our cost: " in life
+    assert "attempt 2 completed" in life
+    assert "2 attempts" in life
+    tried = "select route, outcome, code from attempts where request_id = ? order by epoch"
+    assert [(each["route"], each["outcome"], each["code"]) for each in routed.sql(tried, heard.request_id)] == [
+        ("mock", "lost", "upstream_rejected"),
+        ("cheap", "completed", None),
+    ]
+    spent = (
+        "select payload->>'code' as code, (payload->>'cost_pico')::bigint as pico "
+        "from events where kind = 'attempt.lost' and request_id = ?"
+    )
+    (ours,) = routed.sql(spent, heard.request_id)
+    assert ours["code"] == "upstream_rejected"
+    assert int(ours["pico"]) > 0
+
+
+async def test_a_key_is_made_with_its_time_outs(routed: Deployment, provider: Provider) -> None:
+    made = ["keys", "create", "--name", "hasty", "--timeout-first-token-s", "0.3", "--timeout-total-s", "30"]
+    key = (await asyncio.to_thread(routed.command, *made)).strip()
+    provider.script(delay_s=5)
+    async with routed.sdk(key=key) as client:
+        heard = await ask(client)
+    provider.script()
+    assert (heard.status, heard.code) == (504, "first_token_timeout")
 
 
 async def test_a_key_is_made_with_its_limits(routed: Deployment) -> None:

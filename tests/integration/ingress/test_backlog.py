@@ -40,7 +40,7 @@ EACH_MAX_KIB = 64  # of the ingress's memory, for one client that waits; measure
 READER_MAX_MIB = 6  # the same for one that reads too slowly, with 256 KiB of frames; measured: 3
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.timeout(60 + CLIENTS // 20)
+pytestmark = pytest.mark.timeout(60 + CLIENTS // 10)
 
 
 async def _ask(session: aiohttp.ClientSession, gateway: Gateway) -> tuple[int, Headers, float]:
@@ -99,7 +99,8 @@ async def test_without_another_route_a_full_backlog_is_a_429_of_the_clients_own_
 @contextlib.asynccontextmanager
 async def _ingress_process(nats_url: str, folder: Path, **settings: Any) -> AsyncIterator[tuple[str, psutil.Process]]:
     """Its base URL, and the process."""
-    ready = folder / "ready.json"
+    ready, config = folder / "ready.json", folder / "penstock.toml"
+    config.write_text("[ingress.timeouts]\nqueue_s = 3000.0\n", encoding="utf-8")
     environ = {
         **os.environ,
         "PENSTOCK_NATS": nats_url,
@@ -108,6 +109,7 @@ async def _ingress_process(nats_url: str, folder: Path, **settings: Any) -> Asyn
         **{f"PENSTOCK_INGRESS_{name.upper()}": str(value) for name, value in settings.items()},
     }
     command = [sys.executable, "-P", "-m", "penstock", "ingress", "--port", "0", "--ready-file", str(ready)]
+    command += ["--config", str(config)]
     process = await asyncio.create_subprocess_exec(*command, env=environ, cwd=ROOT)
     try:
         await eventually(ready.exists, timeout_s=20, what="an ingress")
@@ -146,7 +148,9 @@ async def test_clients_that_wait_cost_little_memory_each_and_nothing_when_they_a
                 before = process.memory_info().rss
                 await _wait_in_line(stack, base_url, CLIENTS - floor, process)
                 grown.append((process.memory_info().rss - before) / (CLIENTS - floor) / 1024)
-            await eventually(lambda: _clients(process) == 0, timeout_s=30, what="no clients", every_s=0.1)
+            await eventually(
+                lambda: _clients(process) == 0, timeout_s=30 + CLIENTS / 100, what="no clients", every_s=0.5
+            )
         measured("kib_per_waiting_client", [round(each, 1) for each in grown])
         assert grown[0] < EACH_MAX_KIB
         assert grown[1] < max(grown[0] / 2, 8)  # what the first of them took is used again
@@ -161,7 +165,9 @@ async def _wait_in_line(stack: contextlib.AsyncExitStack, base_url: str, count: 
     for number in range(count):
         wire = await stack.enter_async_context(Wire(base_url))
         wire.ask(body(stream=number % 2 == 0))
-    await eventually(lambda: _clients(process) == before + count, timeout_s=60, what="all clients", every_s=0.1)
+    await eventually(
+        lambda: _clients(process) == before + count, timeout_s=60 + count / 50, what="all clients", every_s=0.5
+    )
     await asyncio.sleep(0.5 + count / 1000)  # their jobs are published meanwhile
 
 
