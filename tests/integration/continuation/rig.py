@@ -34,6 +34,7 @@ drain_s = {drain_s}
 id = "echo"
 provider = "echo"
 tokens_per_s = {tokens_per_s}
+delay_ms = {delay_ms}
 max_concurrency = {slots}
 
 [[routes.models]]
@@ -115,10 +116,12 @@ class Rig:
         tokens_per_s: float = TOKENS_PER_S,
         drain_s: float = 0.1,
         slots: int = 8,
+        delay_ms: int = 0,
         config: str | None = None,
     ) -> None:
         path = self._folder / f"{name}.toml"
-        path.write_text(config or CONFIG.format(tokens_per_s=tokens_per_s, drain_s=drain_s, slots=slots))
+        said = CONFIG.format(tokens_per_s=tokens_per_s, drain_s=drain_s, slots=slots, delay_ms=delay_ms)
+        path.write_text(config or said)
         url = urlsplit(self._server.url)
         cable = self.cables[name] = Link(name, int(url.port or 0))
         await cable.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -129,6 +130,32 @@ async def test_a_cut_cable_is_noticed_at_once(two: Rig) -> None:
     tell("NATS connection cut", heard, migrated)
     assert migrated["reason"] == "worker_lost"
     assert heard.gap_s < GAP_MAX_S
+
+
+@pytest.mark.parametrize(("how", "least_s", "most_s"), [("killed", 0.0, 1.0), ("silent", 4.0, 14.0)])
+async def test_before_the_first_token_another_begins_as_soon_as_the_loss_is_noticed(
+    rig: Rig, how: str, least_s: float, most_s: float
+) -> None:
+    """A cable that is out, with nothing said on either side, shows only in the presence that is missed: three beats, 6 s.
+
+    The silent worker may still have a pull in the server, which then hands it the next attempt's job, too: 5 s more.
+    """
+    await rig.add_worker("worker-a", delay_ms=60_000)
+    asked = asyncio.create_task(rig.ask())
+    await rig.event("attempt.started")
+    await rig.add_worker("worker-b")
+    if how == "killed":
+        await rig.workers["worker-a"].kill()
+    else:
+        rig.cables["worker-a"].freeze()
+    lost_at = time.monotonic()
+    heard = await asked
+    check_unbroken(heard)
+    after_s = heard.at[0] - lost_at
+    sys.stdout.write(f"{how} before the first token: the other's came after {after_s * 1000:.0f} ms\n")
+    assert least_s <= after_s < most_s
+    assert not rig.of_kind("stream.migrated")
+    assert (await rig.event("request.finished"))["attempts"] == 2
 
 
 async def test_a_worker_that_is_back_at_once_keeps_its_stream(rig: Rig) -> None:
