@@ -214,6 +214,8 @@ class Completions:
 
     def without_surplus(self, chunk: Chunk, surplus: int) -> Chunk:
         """The last *chunk* without its last *surplus* tokens, which the engine had generated behind the stop by then."""
+        if not surplus:
+            return chunk
         del self.generated[len(self.generated) - surplus :]
         kept = max(0, len(chunk.token_ids) - surplus)
         told = msgspec.json.decode(chunk.members or b"{}")

@@ -71,7 +71,7 @@ async def go_on(
             at_end = not data
             for _, payload in events.feed(data) if data else events.end():
                 told = None if reader.done else reader.event(payload)
-                if told is not None and reader.stop is not None and len(told.token_ids) > 1:
+                if told is not None and reader.stop is not None:
                     told = reader.without_surplus(told, await _surplus(server, upstream_model, reader, seam))
                 if told is not None:
                     yield told
