@@ -240,6 +240,7 @@ class Books:
                 upstream_status=status,
                 usage=usage,
                 cost_pico=cost(usage, attempt.leg.price),
+                tokens_carried=self.carried,
             )
         )
 

@@ -25,14 +25,17 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
     """The event that closes the request whose *events* these are, in the log's order; None if it isn't open.
 
     What the last attempt's receipt says is billed: the provider's own figure, else what was sent; behind that what its client had
-    before the answer moved there. Without any of it nothing is. What else reached the client nobody knows any more.
+    before the answer broke off and moved there. Without any of it nothing is. What else reached the client nobody knows any more.
     """
     accepted = next((event for event in events if isinstance(event, RequestAccepted)), None)
     if accepted is None or any(isinstance(event, RequestFinished | RequestRejected) for event in events):
         return None
     receipt = _last_receipt(events)
     moves = [event for event in events if isinstance(event, StreamMigrated)]
-    usage, estimated = _billed(accepted, receipt, carried=max((move.tokens_carried for move in moves), default=0))
+    carried = max(
+        (event.tokens_carried for event in events if isinstance(event, AttemptLost | StreamMigrated)), default=0
+    )
+    usage, estimated = _billed(accepted, receipt, carried=carried)
     price = _price(accepted, receipt)
     started = [event for event in events if isinstance(event, AttemptStarted)]
     attempts = max((event.epoch for event in events), default=0)

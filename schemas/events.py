@@ -85,6 +85,9 @@ class AttemptLost(Event, frozen=True, kw_only=True, tag="attempt.lost"):
         Usage()
     )  # what it used as far as the ingress can tell: the prompt once it had begun, the tokens that came
     cost_pico: int = 0  # of that at the route's price; the client pays nothing of it
+    tokens_carried: int = (
+        0  # completion tokens that the client has of the answer, from this attempt and those before it
+    )
 
 
 class StreamMigrated(Event, frozen=True, kw_only=True, tag="stream.migrated"):

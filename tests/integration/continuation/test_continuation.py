@@ -51,6 +51,7 @@ async def test_a_killed_worker_is_no_more_than_a_pause(two: Rig) -> None:
     assert (migrated["reason"], migrated["how"]) == ("worker_lost", "exact")
     assert migrated["from_worker"] != migrated["worker"]
     assert 10 < migrated["tokens_carried"] < count(TEXT)
+    assert (await two.event("attempt.lost"))["tokens_carried"] == migrated["tokens_carried"]
     finished = await two.event("request.finished")
     assert (finished["status"], finished["migrations"], finished["attempts"]) == ("completed", 1, 2)
     assert not finished["estimated"]

@@ -99,6 +99,15 @@ def test_of_two_attempts_side_by_side_the_one_that_gave_more_decides() -> None:
     assert (end.worker, end.usage.completion_tokens, end.attempts) == ("worker-1", 50, 3)
 
 
+def test_an_answer_that_broke_off_is_billed_for_what_was_delivered_also_before_it_moved() -> None:
+    """Its ingress died before the next attempt gave its first token, or before that was on record."""
+    broken = samples.receipt(usage=None, outcome="failed", code="upstream_error", tokens_sent=5)
+    events = [samples.accepted(prompt_bytes=40), samples.started(), broken, samples.lost(tokens_carried=5)]
+    assert close(*events).usage == Usage(prompt_tokens=10, completion_tokens=5)
+    second = samples.receipt(epoch=2, usage=Usage(prompt_tokens=25, completion_tokens=3), tokens_sent=3)
+    assert close(*events, second).usage == Usage(prompt_tokens=10, completion_tokens=8)
+
+
 def test_the_order_of_two_witnesses_does_not_matter() -> None:
     one = close(samples.accepted(), samples.started(), samples.receipt())
     other = close(samples.receipt(), samples.accepted(), samples.started())
