@@ -119,6 +119,7 @@ class Accounts(Provider):
         self._hold: Hold = lambda _: None
         self._told: tuple[str | None, str | None] = (None, None)  # why it is down, why jobs are held
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
         self._prober = Prober(
             self._ring,
             self._health,
@@ -225,6 +226,7 @@ class Accounts(Provider):
             grant = await self._wait_for_room(job, tries)
 
     async def aclose(self) -> None:
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         await self._prober.aclose()
@@ -317,6 +319,8 @@ class Accounts(Provider):
 
     def _review(self) -> None:
         """Tells the worker what has changed: whether the route is down, or its jobs are held; and looks again when it may change."""
+        if self._closed:
+            return
         self._prober.wake()
         now = self._clock()
         found = self._ring.look(now, self._wanted)
