@@ -320,21 +320,23 @@ async def test_a_place_that_cools_is_better_than_none(open_routes: OpenRoutes) -
 
 async def test_fastest_finds_the_fastest_and_follows_when_that_changes(open_routes: OpenRoutes) -> None:
     up = await open_routes("slow", "quick", routing={"strategy": "fastest"})
-    up.mock("slow").script(delay_s=0.3)
+    up.mock("slow").script(delay_s=1.0)
     routes = [(await ask(up)).route for _ in range(6)]
     assert set(routes[:2]) == {"slow", "quick"}  # each once, to find out
     assert set(routes[2:]) == {"quick"}
-    up.mock("quick").script(delay_s=1.5)
+    up.mock("quick").script(delay_s=3.0)
     up.mock("slow").script()
-    routes = [(await ask(up)).route for _ in range(4)]
-    assert routes[-1] == "slow"
+    routes = []
+    while "slow" not in routes:  # a mean takes a few answers to follow
+        routes.append((await ask(up)).route)
+        assert len(routes) <= 6
 
 
 async def test_least_busy_spreads_what_this_ingress_sends(open_routes: OpenRoutes) -> None:
     """Faster than workers tell of their slots."""
     up = await open_routes("one", "two", routing={"strategy": "least_busy"})
     for name in ("one", "two"):
-        up.mock(name).script(delay_s=0.5)
+        up.mock(name).script(delay_s=2.0)  # so that none has ended when the last begins
     answers = await asyncio.gather(*(ask(up) for _ in range(12)))
     assert Counter(answer.route for answer in answers) == {"one": 6, "two": 6}
 
