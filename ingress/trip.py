@@ -12,6 +12,7 @@ from schemas.errors import (
     Fault,
     FirstTokenTimeout,
     IdleTimeout,
+    NotContinued,
     PenstockError,
     ProviderAuth,
     ProviderRateLimited,
@@ -117,7 +118,10 @@ class Trip:
 
 
 def _is_of_the_place(error: PenstockError) -> bool:
-    """Whether *error* says something of its place. That the provider rejects a request doesn't, unless it has no such model."""
+    """Whether *error* says something of its place.
+
+    That the provider rejects a request doesn't, unless it has no such model; nor that it can't go on with another's answer.
+    """
     if isinstance(error, ProviderRejected):
         return error.status == NO_SUCH_MODEL
-    return isinstance(error, _OF_THE_PLACE)
+    return isinstance(error, _OF_THE_PLACE) and not isinstance(error, NotContinued)

@@ -86,7 +86,9 @@ async def go_on(
 async def _surplus(server: VllmServer, model: str, reader: Completions, seam: Seam) -> int:
     """How many of the tokens lie behind the stop: a busy engine tells several at once. 0 if its words don't tell."""
     stop, surplus = reader.stop or "", 0
-    before = seam.ids[-len(stop) :]  # where the stop may have begun
+    before = seam.ids[-len(stop) :]  # where the stop may have begun; whole it is there only if it didn't count
+    if stop in (await server.text_of(model, before) or stop):
+        return 0
     while surplus + 1 < len(reader.generated):
         text = await server.text_of(model, (*before, *reader.generated[: len(reader.generated) - surplus - 1]))
         if text is None or stop not in text:

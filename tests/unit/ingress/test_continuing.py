@@ -12,15 +12,17 @@ from msgspec import Raw
 
 from ingress.continuing import ASKED_MAX, DECLINED_S, MIGRATIONS_MAX, Continuing
 from ingress.delivered import IDS_MAX, TEXT_MAX_BYTES, Delivered
-from ingress.fleet import Serving
+from ingress.fleet import Load, Serving
 from ingress.pace import LOOK_AGAIN_S, STALL_MIN_S, Pace
 from ingress.policy.routing import Leg
+from ingress.trip import Seen, Trip
 from schemas.chat import decode_request
-from schemas.errors import ProviderFailed, ProviderRejected, WorkerLost
+from schemas.errors import NotContinued, PenstockError, ProviderFailed, ProviderRejected, WorkerLost
 from schemas.frames import Delta, Finished
 from schemas.ids import RequestId, RouteId, WorkerId
 from schemas.jobs import Continues, ModelFingerprint, ModelOffer
 from schemas.money import Price, Usage
+from schemas.settings import RoutingSettings
 
 LEG = Leg(RouteId("r"), "m", Price(input=1, output=2))
 HERE = ModelFingerprint(name="m", tokenizer="t", quantisation="fp16")
@@ -226,6 +228,17 @@ def test_a_rejection_is_the_answer_and_a_failure_of_the_place_is_not() -> None:
     continuing = broken_off(Now({W1: offer(), W2: offer()}))
     assert continuing.next(LEG, ProviderRejected()) is None
     assert continuing.next(LEG, ProviderFailed()) is not None
+
+
+@pytest.mark.parametrize(("error", "cools"), [(ProviderFailed(), True), (NotContinued(), False)])
+def test_a_place_that_cannot_go_on_with_anothers_answer_is_not_a_bad_place(error: PenstockError, cools: bool) -> None:
+    now = Now({})
+    seen = Seen(RoutingSettings(), lambda _: Load(), clock=now)
+    for _ in range(10):
+        trip = Trip(seen, LEG, stream=True)
+        trip.failed(error)
+        trip.ended(0)
+    assert seen.cooldowns.is_open(LEG.route, LEG.model, now=now()) is not cools
 
 
 async def test_somebody_who_comes_is_waited_for() -> None:
