@@ -203,6 +203,10 @@ class ChatCompletions:
             await self._services.log.record(event, within_s=RECORD_FAILURE_WAIT_S)
         except LogUnavailable as unavailable:
             log.error("rejection_not_recorded_in_time", code=error.code, error=unavailable.message)
+        except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()
         if not left:
             await self._tell(error, problem, visit, receive, send)
 

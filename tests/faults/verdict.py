@@ -181,7 +181,7 @@ def _missing(record: Record, said: Sequence[Generation], receipts: frozenset[str
     if record.request_id is not None and not refused:
         told = f"{record.end}, status {record.status} {record.code}"
         yield Problem(Kind.LOST, "what a client was answered is in the ledger", record.request_id, told)
-    elif not all(each.name in receipts for each in said):
+    elif not all(each.name in receipts for each in said if each.whole):
         yield Problem(Kind.LOST, "what was generated is in the ledger", record.prompt.name, f"{len(said)} generations")
     if record.end is End.HUNG:
         yield Problem(Kind.LOST, "every client hears an end", record.prompt.name)

@@ -183,6 +183,17 @@ async def test_a_client_that_leaves_before_its_body_is_whole_is_recorded_and_tol
     assert bench.queue.jobs == []
 
 
+async def test_a_refusal_that_a_stopping_process_can_not_record_is_told_all_the_same() -> None:
+    """The end of the drain cuts it off while it waits for the log: it was a bare 500 then."""
+    bench, client = Bench(), Client(b"{}")
+    bench.log.open.clear()
+    task = await bench.serve(client)
+    await eventually(lambda: bench.log.rejected)
+    task.cancel()
+    await task
+    assert (client.status, _error_code(client)) == (400, "invalid_request")
+
+
 async def test_a_body_in_many_parts_is_one_body() -> None:
     bench, client = Bench(), Client(BODY[:1], whole=False)
     for at in range(1, len(BODY)):
