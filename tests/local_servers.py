@@ -400,19 +400,22 @@ class Vllm(Chat):
         self.dead = False  # its engine process is, and its front end not yet
 
     def answer(self, asked: Asked) -> Reply | None:
+        said: Reply | None = None
         match asked.method, asked.path:
             case "GET", "/version":
-                return Reply({"version": "0.33.0"})
+                said = Reply({"version": "0.33.0"})
             case "GET", "/v1/models":
                 entry = {"id": self.model, "object": "model", "owned_by": "vllm", "max_model_len": 40960}
-                return Reply({"object": "list", "data": [entry]})
+                said = Reply({"object": "list", "data": [entry]})
             case "GET", "/health":
-                return Reply(b"", 503 if self.dead else 200)
+                said = Reply(b"", 503 if self.dead else 200)
             case "GET", "/metrics":
-                return Reply(VLLM_METRICS, 200, {"Content-Type": "text/plain"})
+                said = Reply(VLLM_METRICS, 200, {"Content-Type": "text/plain"})
+            case "POST", "/detokenize":
+                said = Reply({"prompt": "".join(f"{WORDS[at]} " for at in asked.body["tokens"])})
             case "POST", "/v1/chat/completions":
-                return Reply(ENGINE_DIED, 500) if self.dead else self.chat(asked.body)
-        return None
+                said = Reply(ENGINE_DIED, 500) if self.dead else self.chat(asked.body)
+        return said
 
     def not_known(self, _: Asked) -> Reply:
         return Reply({"detail": "Not Found"}, 404)
@@ -421,6 +424,8 @@ class Vllm(Chat):
         whole = super()._whole(body)
         if body.get("return_token_ids"):
             whole["choices"][0]["token_ids"] = list(range(whole["usage"]["completion_tokens"]))
+        if body.get("add_generation_prompt") is False:
+            whole["usage"]["prompt_tokens"] -= 2  # the opening of another answer
         return whole
 
     def _chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

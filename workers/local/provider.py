@@ -11,17 +11,14 @@ from msgspec import Raw
 
 from schemas.errors import ProviderFailed, ProviderNonsense, ProviderUnreachable
 from schemas.ids import IngressId, KeyId, OrgId, RequestId, new_id, new_nonce
-from schemas.jobs import EngineStats, Job, ModelFingerprint, Timeouts
+from schemas.jobs import Job, Timeouts
 from schemas.money import Price
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
-from workers.engine.fingerprint import fingerprint_of
 from workers.local.kinds import Models
 from workers.providers.base import Chunk, Tell
 from workers.providers.habits import say_max_tokens
 from workers.providers.openai import OpenAI
-from workers.providers.openai_chunks import ChunkReader
-from workers.providers.vllm_chunks import VllmChunkReader
-from workers.providers.vllm_powers import Powers, empowered, probe
+from workers.providers.vllm_client import VllmClient
 from workers.providers.vllm_server import Health, VllmServer
 
 LOOK_EVERY_S = 10.0
@@ -105,7 +102,7 @@ class LocalServer(OpenAI):
         )
 
 
-class LocalVllm(LocalServer):
+class LocalVllm(VllmClient, LocalServer):
     """A vLLM: what only that can do is asked for as of a configured one, and it says itself how much room it has."""
 
     name = "vllm"
@@ -113,9 +110,7 @@ class LocalVllm(LocalServer):
     def __init__(self, route: RouteSettings, settings: WorkerSettings, *, on_refused: Callable[[], None]) -> None:
         super().__init__(route, settings, on_refused=on_refused)
         assert route.base_url is not None  # noqa: S101 - it was found there
-        self.powers = Powers()
-        self._server = VllmServer(route.base_url, {}, settings=settings, sequences_max=route.slots)
-        self._fingerprint: ModelFingerprint | None = None
+        self._ask_at(VllmServer(route.base_url, {}, settings=settings, sequences_max=route.slots))
         self._died = False
         self._look_at = 0.0
         self._clock = asyncio.get_running_loop().time
@@ -127,16 +122,8 @@ class LocalVllm(LocalServer):
     def slots(self) -> int | None:
         return self._server.room
 
-    def stats(self) -> EngineStats | None:
-        return self._server.stats
-
-    def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002 - an engine serves one
-        return self._fingerprint
-
     async def check(self, upstream: str) -> None:
-        self.powers = await probe(self, upstream)
-        await self._server.learn(upstream)
-        self._fingerprint = await asyncio.to_thread(fingerprint_of, self._server.root or upstream)
+        await self._learn(upstream, served=None)
 
     async def look(self) -> None:
         """Every few polls: each question is a line in its owner's log."""
@@ -157,16 +144,6 @@ class LocalVllm(LocalServer):
                 self._died = True
                 self.say(DIED)
             raise
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self._server.aclose()
-
-    def _reader(self) -> ChunkReader:
-        return VllmChunkReader() if self.powers.token_ids else ChunkReader()
-
-    def _body(self, job: Job) -> bytes:
-        return empowered(super()._body(job), self.powers)
 
 
 BY_KIND: dict[str, type[LocalServer]] = {"vllm": LocalVllm}

@@ -17,20 +17,14 @@ from pathlib import Path
 
 import structlog
 
-from schemas.errors import Fault, NotContinued, ProviderFailed, ProviderNonsense, ProviderUnreachable, SetupError
-from schemas.jobs import Continues, EngineStats, Job, ModelFingerprint
+from schemas.errors import Fault, ProviderFailed, ProviderNonsense, ProviderUnreachable, SetupError
+from schemas.jobs import Job
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
 from workers.engine.engine import Engine, EngineCommand, engine_files
-from workers.engine.fingerprint import fingerprint_of
 from workers.providers.base import Chunk, Tell
-from workers.providers.openai import OpenAI, address, first_key, rewritten
-from workers.providers.openai_chunks import ChunkReader
-from workers.providers.prefill import prefilled, read_request
-from workers.providers.vllm_chunks import VllmChunkReader
-from workers.providers.vllm_continuation import why_not_exact
+from workers.providers.openai import address, first_key
+from workers.providers.vllm_client import VllmClient
 from workers.providers.vllm_metrics import SEQUENCES_MAX
-from workers.providers.vllm_onward import find_seam, go_on
-from workers.providers.vllm_powers import ONWARD, Powers, empowered, probe
 from workers.providers.vllm_server import Health, VllmServer
 
 log = structlog.get_logger()
@@ -50,7 +44,7 @@ DEFAULTS = (
 ENGINE_URL = "http://vllm/v1"  # of no consequence: the socket decides
 
 
-class Vllm(OpenAI):
+class Vllm(VllmClient):
     name = "vllm"
 
     def __init__(
@@ -71,13 +65,14 @@ class Vllm(OpenAI):
         super().__init__(
             base_url, models, key=key, max_concurrency=max_concurrency or SOCKETS_MAX, settings=settings, socket=socket
         )
-        self.powers = Powers()
-        self._server = VllmServer(
-            base_url,
-            {} if key is None else self._key_headers(key),
-            settings=settings,
-            socket=socket,
-            sequences_max=sequences_max,
+        self._ask_at(
+            VllmServer(
+                base_url,
+                {} if key is None else self._key_headers(key),
+                settings=settings,
+                socket=socket,
+                sequences_max=sequences_max,
+            )
         )
         self._says_room = max_concurrency is None
         self._served = served
@@ -90,8 +85,6 @@ class Vllm(OpenAI):
         self._probing: asyncio.Task[None] | None = None
         self._doubting: asyncio.Task[None] | None = None
         self._doubted = asyncio.Event()
-        self._fingerprint: ModelFingerprint | None = None
-        self._detokenizes = False
 
     @classmethod
     def from_route(cls, route: RouteSettings, settings: WorkerSettings) -> Vllm:
@@ -130,19 +123,8 @@ class Vllm(OpenAI):
     def engine(self) -> Engine | None:
         return self._engine
 
-    def fingerprint(self, model: str) -> ModelFingerprint | None:  # noqa: ARG002 - an engine serves one
-        return self._fingerprint
-
-    def continues(self, model: str) -> Continues:  # noqa: ARG002 - an engine serves one
-        if self._exact:
-            return Continues.EXACT
-        return Continues.PREFIX if self.powers.prefix else Continues.NO
-
     def slots(self) -> int | None:
         return self._server.room if self._says_room else None
-
-    def stats(self) -> EngineStats | None:
-        return self._server.stats
 
     def attach(self, tell: Tell) -> None:
         """Starts the engine if it is ours; either way the server is asked what it can do before a job is taken."""
@@ -161,8 +143,7 @@ class Vllm(OpenAI):
         try:
             if self._engine is not None:
                 await self._engine.need()
-            generated = super().generate(job) if job.continuation is None else self._go_on(job)
-            async with contextlib.aclosing(generated) as chunks:
+            async with contextlib.aclosing(super().generate(job)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except (ProviderFailed, ProviderUnreachable, ProviderNonsense):
@@ -178,49 +159,8 @@ class Vllm(OpenAI):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await super().aclose()
-        await self._server.aclose()
         if self._engine is not None:
             await self._engine.aclose()
-
-    def _reader(self) -> ChunkReader:
-        return VllmChunkReader() if self.powers.token_ids else ChunkReader()
-
-    def _body(self, job: Job) -> bytes:
-        return empowered(rewritten(job, self.upstream_model(job.model)), self.powers)
-
-    async def _go_on(self, job: Job) -> AsyncGenerator[Chunk, None]:
-        """Behind the tokens where they are known and all is understood that was asked, else behind the text. Raises: Fault."""
-        before, request = job.continuation, read_request(job)
-        assert before is not None  # noqa: S101 - it is what this is for
-        model = self.upstream_model(job.model)
-        seam = None
-        if self._exact and why_not_exact(job, request) is None:
-            seam = await find_seam(self._server, model, before)
-        if seam is not None:
-            chunks = go_on(
-                job,
-                request,
-                seam,
-                server=self._server,
-                upstream=self._upstream,
-                patience=self._patience(job),
-                upstream_model=model,
-                context_tokens=self._server.context_tokens or 0,
-                max_event_bytes=self._settings.max_event_bytes,
-            )
-        elif not (before.text or before.reasoning):
-            chunks = super().generate(job)  # nothing of it was told yet
-        elif self.powers.prefix:
-            chunks = super().generate(prefilled(job, before, members=ONWARD))
-        else:
-            raise NotContinued
-        async with contextlib.aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
-
-    @property
-    def _exact(self) -> bool:
-        return self.powers.token_ids and self._detokenizes and self._server.context_tokens is not None
 
     def _on_engine(self, reason: str | None) -> None:
         """Our engine's word. A fresh one is probed before it takes jobs."""
@@ -251,14 +191,11 @@ class Vllm(OpenAI):
         try:
             while True:
                 try:
-                    self.powers = await probe(self, model)
+                    await self._learn(model, served=self._served)
                     break
                 except Fault as fault:
                     self._tell(f"the server failed its test request: {fault.message}")
                     await asyncio.sleep(LOOK_EVERY_S)
-            await self._server.learn(model)
-            self._detokenizes = await self._server.text_of(model, (1,)) is not None
-            self._fingerprint = await asyncio.to_thread(fingerprint_of, self._served)
         finally:
             self._running -= 1
             self._idle_since = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 
 from schemas.frames import Delta, Faulted, Finished
 from schemas.ids import RouteId
-from schemas.jobs import EngineStats
+from schemas.jobs import Continues, EngineStats
 from schemas.settings import RouteSettings
 from tests.integration.discover.conftest import FAST, Boot
 from tests.local_servers import Chat, LlamaCpp, LmStudio, Ollama, OtherModels, Reply, Server, Vllm, Website
@@ -62,7 +62,8 @@ async def test_a_server_is_told_by_its_own_api_checked_and_served(
         assert offer is not None
         assert (offer.slots, offer.provider) == (slots, "vllm" if route == "vllm" else "openai")
         assert {model.price.output for model in offer.models} == {0}
-        assert [each.body["max_tokens"] for each in server.asked("/v1/chat/completions")] == [1]
+        questions = [each.body["max_tokens"] for each in server.asked("/v1/chat/completions")]
+        assert questions == [1] * (3 if route == "vllm" else 1)  # of a vLLM also whether it goes on with an answer
         assert server.unexpected == []
         job = await machine.send(route, models[0], {"stream": True})
         assert isinstance(await machine.ended(job), Finished)
@@ -88,6 +89,7 @@ async def test_a_vllm_that_is_found_is_used_as_one(boot: Boot) -> None:
         assert offer is not None
         assert offer.engine == EngineStats(running=1, waiting=0, cache_used=0.125)
         assert offer.models[0].fingerprint is not None
+        assert offer.models[0].continues is Continues.EXACT
 
 
 async def test_a_vllm_whose_engine_died_takes_no_jobs_until_it_lives_again(boot: Boot) -> None:
