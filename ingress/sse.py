@@ -10,7 +10,8 @@ import msgspec
 from schemas.ids import RequestId, completion_id
 from schemas.money import Usage
 
-KEEP_ALIVE = b": keep-alive\n\n"
+# One line, and no empty one behind it: that would end an event, and to OpenAI's SDKs, once a stream has ids, an event without data.
+KEEP_ALIVE = b": keep-alive\n"
 
 OBFUSCATION_BLOCK = 32  # events of a stream differ in length by multiples of this, whatever the token
 _POOL = "".join(random.choices(string.ascii_letters + string.digits, k=8192)).encode()  # noqa: S311 - padding, no secret

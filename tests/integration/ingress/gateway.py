@@ -342,6 +342,8 @@ class Lines:
         """The next event, without its id, or comment; empty at the end."""
         lines = []
         while (line := await self._response.content.readline()).strip():
+            if line.startswith(b":"):
+                return line.rstrip(b"\n")
             if line.startswith(b"id: "):
                 self.ids.append(int(line[4:]))
             else:

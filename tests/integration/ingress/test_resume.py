@@ -14,6 +14,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from ingress.sse import KEEP_ALIVE
 from schemas.settings import IngressSettings
 from tests.integration.ingress.gateway import (
     ADMIN_KEY,
@@ -51,7 +52,7 @@ def code_of(raw: bytes) -> str:
 
 def events_of(raw: bytes) -> list[bytes]:
     """The events of a stream with their blank lines; comments are left out."""
-    return [event + b"\n\n" for event in raw.split(b"\n\n")[:-1] if not event.startswith(b":")]
+    return [event + b"\n\n" for event in raw.replace(KEEP_ALIVE, b"").split(b"\n\n")[:-1]]
 
 
 def ids_of(raw: bytes) -> list[int]:
@@ -403,6 +404,6 @@ async def test_comments_come_to_whoever_waits_and_have_no_number(
     mock.script(delay_s=0.3)
     async with session.post(gateway.chat_url, json=body(stream=True), headers={**bearer(), **ASK}) as answer:
         raw, request_id = await answer.read(), answer.headers["x-request-id"]
-    assert raw.count(b": keep-alive\n\n") >= 2
+    assert raw.count(KEEP_ALIVE) >= 2
     assert raw.rindex(b": keep-alive") < raw.index(b"id: 1\n")
     assert b"keep-alive" not in (await resume(session, gateway, request_id, 0))[2]

@@ -152,6 +152,16 @@ async def test_a_stream_that_waits_in_the_queue_is_kept_alive_too(
         assert (await first.rest())[-1] == b"data: [DONE]"
 
 
+async def test_the_sdk_reads_a_stream_that_pauses(open_gateway: OpenGateway, mock: MockProvider) -> None:
+    """A comment amid the events is none: its reader takes an empty line for the end of one as soon as it knows an id."""
+    gateway = await open_gateway(ingress=IngressSettings(keep_alive_comment_s=0.05))
+    mock.script(tokens=4, pace_s=0.3)
+    async with sdk(gateway.base_url) as client:
+        stream = await client.chat.completions.create(model=MODEL, messages=body()["messages"], stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert text == "w0 w1 w2 w3"
+
+
 async def test_the_sdk_reads_a_stream(gateway: Gateway) -> None:
     async with sdk(gateway.base_url) as client:
         stream = await client.chat.completions.create(
