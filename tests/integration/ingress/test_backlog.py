@@ -17,7 +17,10 @@ import msgspec
 import psutil
 import pytest
 
+from bus.connection import Connection
 from bus.server import EmbeddedServer
+from bus.streams import stream_state
+from schemas import subjects
 from tests.integration.ingress.gateway import (
     CLIENT_KEY,
     MODEL,
@@ -29,6 +32,7 @@ from tests.integration.ingress.gateway import (
     body,
     headers_of,
     route_settings,
+    soon,
     worker_up,
 )
 from tests.measured import measured
@@ -49,10 +53,9 @@ async def _ask(session: aiohttp.ClientSession, gateway: Gateway) -> tuple[int, H
         return response.status, headers_of(response), time.monotonic()
 
 
-async def _bound_backlog(gateway: Gateway, count: int) -> None:
-    answer = await gateway.ingress.connection.api("STREAM.INFO.JOBS")
-    config = {**answer["config"], "max_msgs_per_subject": count}
-    await gateway.ingress.connection.api("STREAM.UPDATE.JOBS", config)
+async def _bound_backlog(connection: Connection, count: int) -> None:
+    answer = await connection.api("STREAM.INFO.JOBS")
+    await connection.api("STREAM.UPDATE.JOBS", {**answer["config"], "max_msgs_per_subject": count})
 
 
 @pytest.mark.parametrize("each_s", [0.3, 0.7])
@@ -61,7 +64,7 @@ async def test_retry_after_is_about_the_time_in_which_the_backlog_is_begun(
 ) -> None:
     gateway = await open_gateway(slots=1)
     backlog = 6
-    await _bound_backlog(gateway, backlog)
+    await _bound_backlog(gateway.ingress.connection, backlog)
     mock.script(delay_s=each_s)
     asking = [asyncio.create_task(_ask(session, gateway)) for _ in range(3)]
     await asyncio.gather(*asking)  # so it is known how fast they begin
@@ -82,7 +85,7 @@ async def test_without_another_route_a_full_backlog_is_a_429_of_the_clients_own_
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     gateway = await open_gateway(slots=1)
-    await _bound_backlog(gateway, 1)
+    await _bound_backlog(gateway.ingress.connection, 1)
     mock.script(delay_s=1.0)
     first = asyncio.create_task(_ask(session, gateway))
     await eventually(lambda: mock.answering == 1)
@@ -105,7 +108,6 @@ async def _ingress_process(nats_url: str, folder: Path, **settings: Any) -> Asyn
         **os.environ,
         "PENSTOCK_NATS": nats_url,
         "PENSTOCK_API_KEY": CLIENT_KEY,
-        "PENSTOCK_NATS_BACKLOG_PER_ORG": str(2 * CLIENTS),
         **{f"PENSTOCK_INGRESS_{name.upper()}": str(value) for name, value in settings.items()},
     }
     command = [sys.executable, "-P", "-m", "penstock", "ingress", "--port", "0", "--ready-file", str(ready)]
@@ -129,7 +131,11 @@ async def _served(base_url: str, session: aiohttp.ClientSession) -> None:
 
 
 async def test_clients_that_wait_cost_little_memory_each_and_nothing_when_they_are_gone(
-    nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession, tmp_path: Path
+    nats_server: EmbeddedServer,
+    connection: Connection,
+    mock: MockProvider,
+    session: aiohttp.ClientSession,
+    tmp_path: Path,
 ) -> None:
     """Half of them stream. The long form is ``make waiting``: 10,000 clients."""
     route = route_settings(mock, slots=1)
@@ -140,17 +146,16 @@ async def test_clients_that_wait_cost_little_memory_each_and_nothing_when_they_a
         worker_up(nats_server.url, route),
     ):
         await _served(base_url, session)
+        await _bound_backlog(connection, 2 * CLIENTS)
         floor = CLIENTS // 10
         grown = []
         for _ in range(2):
             async with contextlib.AsyncExitStack() as stack:
-                await _wait_in_line(stack, base_url, floor, process)
+                await _wait_in_line(stack, base_url, connection, floor)
                 before = process.memory_info().rss
-                await _wait_in_line(stack, base_url, CLIENTS - floor, process)
+                await _wait_in_line(stack, base_url, connection, CLIENTS - floor)
                 grown.append((process.memory_info().rss - before) / (CLIENTS - floor) / 1024)
-            await eventually(
-                lambda: _clients(process) == 0, timeout_s=30 + CLIENTS / 100, what="no clients", every_s=0.5
-            )
+            await soon(lambda: _nobody(connection), what="an empty queue", timeout_s=60 + CLIENTS / 50)
         measured("kib_per_waiting_client", [round(each, 1) for each in grown])
         assert grown[0] < EACH_MAX_KIB
         assert grown[1] < max(grown[0] / 2, 8)  # what the first of them took is used again
@@ -159,21 +164,26 @@ async def test_clients_that_wait_cost_little_memory_each_and_nothing_when_they_a
             assert response.status == 200
 
 
-async def _wait_in_line(stack: contextlib.AsyncExitStack, base_url: str, count: int, process: psutil.Process) -> None:
-    """Returns when *count* more clients wait."""
-    before = _clients(process)
+async def _wait_in_line(stack: contextlib.AsyncExitStack, base_url: str, connection: Connection, count: int) -> None:
+    """Returns when *count* more clients wait; the first of all is being served."""
+    before = await _waiting(connection)
     for number in range(count):
         wire = await stack.enter_async_context(Wire(base_url))
         wire.ask(body(stream=number % 2 == 0))
-    await eventually(
-        lambda: _clients(process) == before + count, timeout_s=60 + count / 50, what="all clients", every_s=0.5
-    )
-    await asyncio.sleep(0.5 + count / 1000)  # their jobs are published meanwhile
+    least = before + count - (before == 0)
+    await soon(lambda: _at_least(connection, least), what=f"{least} jobs", timeout_s=60 + count / 50)
 
 
-def _clients(process: psutil.Process) -> int:
-    (port,) = {each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
-    return sum(each.laddr.port == port and each.status != psutil.CONN_LISTEN for each in process.net_connections("tcp"))
+async def _waiting(connection: Connection) -> int:
+    return int((await stream_state(connection, subjects.JOBS))["messages"])
+
+
+async def _at_least(connection: Connection, count: int) -> bool:
+    return await _waiting(connection) >= count
+
+
+async def _nobody(connection: Connection) -> bool:
+    return await _waiting(connection) == 0
 
 
 async def test_clients_that_read_a_byte_a_second_cost_a_bounded_amount_of_memory(
