@@ -47,8 +47,8 @@ ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(60 + CLIENTS // 10)
 
 
-async def _ask(session: aiohttp.ClientSession, gateway: Gateway) -> tuple[int, Headers, float]:
-    async with session.post(gateway.chat_url, json=body(), headers=bearer()) as response:
+async def _ask(session: aiohttp.ClientSession, gateway: Gateway, **more: Any) -> tuple[int, Headers, float]:
+    async with session.post(gateway.chat_url, json=body(**more), headers=bearer()) as response:
         await response.read()
         return response.status, headers_of(response), time.monotonic()
 
@@ -68,7 +68,10 @@ async def test_retry_after_is_about_the_time_in_which_the_backlog_is_begun(
     mock.script(delay_s=each_s)
     asking = [asyncio.create_task(_ask(session, gateway)) for _ in range(3)]
     await asyncio.gather(*asking)  # so it is known how fast they begin
-    waiting = [asyncio.create_task(_ask(session, gateway)) for _ in range(backlog + 1)]
+    seen = len(mock.seen)
+    waiting = [asyncio.create_task(_ask(session, gateway, mock={"delay_s": 2.0}))]
+    await eventually(lambda: len(mock.seen) > seen)
+    waiting += [asyncio.create_task(_ask(session, gateway)) for _ in range(backlog)]
     await gateway.jobs_waiting(backlog)
     refused_at = time.monotonic()
     status, headers, _ = await _ask(session, gateway)
