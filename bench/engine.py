@@ -43,8 +43,8 @@ ON_GPU = ("--load-format", "dummy")
 
 
 @contextlib.contextmanager
-def engine(home: Path, *, gpu: bool) -> Iterator[Peer]:
-    """The engine as a user would start it: with its own processes, on a port.
+def engine(home: Path, *, gpu: bool, one_process: bool = False) -> Iterator[Peer]:
+    """The engine as a user would start it, on a port; with *one_process* without processes besides its front end.
 
     Raises: StartError.
     """
@@ -53,7 +53,9 @@ def engine(home: Path, *, gpu: bool) -> Iterator[Peer]:
     folder = large_model(home) if gpu else tiny_model_folder()
     command = [sys.executable, str(HERE / "vllm_cli.py"), "serve", str(folder), "--host", "127.0.0.1"]
     command += ["--port", str(port), *COMMON, *(ON_GPU if gpu else ON_CPU)]
-    with guarded(command, env=environment(gpu=gpu), log_path=log, stop_within_s=STOP_TIMEOUT_S) as process:
+    with guarded(
+        command, env=environment(gpu=gpu, one_process=one_process), log_path=log, stop_within_s=STOP_TIMEOUT_S
+    ) as process:
         base_url = f"http://127.0.0.1:{port}/v1"
         try:
             process.wait_until_ready(lambda: answers(f"{base_url}/models", "none"), timeout_s=START_TIMEOUT_S)
@@ -62,10 +64,11 @@ def engine(home: Path, *, gpu: bool) -> Iterator[Peer]:
         yield Peer(name="direct", base_url=base_url, api_key="none", pids=lambda: roles(process.pid), log=log)
 
 
-def environment(*, gpu: bool) -> dict[str, str]:
+def environment(*, gpu: bool, one_process: bool) -> dict[str, str]:
     """On a CPU with one thread: a second gains so small a model nothing, and waits on cores that others need."""
     left_out = set(ON_CPU_ONLY) if gpu else {"VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**os.environ, **{name: value for name, value in ENVIRONMENT.items() if name not in left_out}}
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_process else {}
+    return {**os.environ, **{name: value for name, value in ENVIRONMENT.items() if name not in left_out}, **alone}
 
 
 def large_model(home: Path) -> Path:

@@ -92,7 +92,7 @@ class Result(msgspec.Struct, kw_only=True):
         return statistics.median(self.added_ms) <= ADDED_MS_MAX and self.share >= SHARE_MIN[self.gpu]
 
 
-def measure(*, rounds: int, one: Load, many: Load, gpu: bool) -> Result:
+def measure(*, rounds: int, one: Load, many: Load, gpu: bool, one_process: bool) -> Result:
     """Raises: StartError, WindowError."""
     cache = ROOT / ".cache"
     cache.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def measure(*, rounds: int, one: Load, many: Load, gpu: bool) -> Result:
         folder = tempfile.TemporaryDirectory(prefix="bench-", dir=cache, ignore_cleanup_errors=True)
         home = Path(stack.enter_context(folder))
         console.print("starting vLLM")
-        direct = stack.enter_context(engine(home / "engine", gpu=gpu))
+        direct = stack.enter_context(engine(home / "engine", gpu=gpu, one_process=one_process))
         console.print("starting Penstock")
         ours = stack.enter_context(peers.penstock(direct.base_url, home / "penstock", provider="vllm", model=MODEL))
         entered = {"direct": direct, "penstock": ours}
@@ -109,7 +109,11 @@ def measure(*, rounds: int, one: Load, many: Load, gpu: bool) -> Result:
             for load in (one, many):
                 drive(peer, Load(load.connections, load.connections, load.tokens))
         done = [play(entered[name], load, meters) for name, load in schedule(rounds, one, many)]
-        told = machine.describe(home) + engine_versions()
+        told = [
+            *machine.describe(home),
+            *engine_versions(),
+            ("its processes", "one" if one_process else "its own choice"),
+        ]
         wrong = complaints(ours.log) if ours.log else []
         return Result(one=one, many=many, rounds=done, machine=told, complaints=wrong, gpu=gpu)
 
@@ -248,15 +252,27 @@ def conditions(result: Result) -> str:
 @click.option("--connections", type=click.IntRange(1, 256), default=32, show_default=True, help="How many at once.")
 @click.option("--alone", type=click.IntRange(1), default=150, show_default=True, help="Streams in a round, one by one.")
 @click.option("--gpu", is_flag=True, help="On a GPU, with a model of a real one's size.")
+@click.option(
+    "--one-process", is_flag=True, help="vLLM without an engine process, which spins on a core while it waits."
+)
 @click.option("--check", is_flag=True, help="Exit with 1 if a target is missed.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Default: bench/RESULTS.md.")
 def main(
-    *, rounds: int, streams: int, tokens: int, connections: int, alone: int, gpu: bool, check: bool, out: Path
+    *,
+    rounds: int,
+    streams: int,
+    tokens: int,
+    connections: int,
+    alone: int,
+    gpu: bool,
+    one_process: bool,
+    check: bool,
+    out: Path,
 ) -> None:
     signal.signal(signal.SIGTERM, end_on_sigterm)
     one, many = Load(1, alone, 16), Load(connections, streams, tokens)
     try:
-        result = measure(rounds=rounds, one=one, many=many, gpu=gpu)
+        result = measure(rounds=rounds, one=one, many=many, gpu=gpu, one_process=one_process)
     except (StartError, WindowError) as error:
         raise click.ClickException(str(error)) from error
     text = markdown(result)
