@@ -250,13 +250,11 @@ class Deployment:
 async def deployed(folder: Path, plan: Plan) -> AsyncIterator[Deployment]:
     """One that serves, and is looked after. What was started ends with the block, whatever becomes of that."""
     made = Deployment(folder, plan)
-    watching: asyncio.Task[None] | None = None
+    watching = asyncio.create_task(made.watch(), name="watch")
     try:
         await made.start()
-        watching = asyncio.create_task(made.watch(), name="watch")
         yield made
     finally:
-        if watching is not None:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
         await made.stop()

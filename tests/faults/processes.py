@@ -126,11 +126,10 @@ class Member:
 
     def revive(self) -> None:
         """Starts it again if it has died by itself, a little later each time that it does so at once."""
-        if self.held or self.runs:
+        if self._process is None or self.held or self.runs:
             return
         now = time.monotonic()
         if self._retry_at_s is None:
-            assert self._process is not None
             self.deaths.append(self._process.returncode)
             steady = now - self._began_s > STEADY_AFTER_S
             self._wait_s = RESTART_WAIT_S if steady else min(RESTART_WAIT_MAX_S, 2 * self._wait_s)
