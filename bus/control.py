@@ -17,7 +17,7 @@ from schemas.errors import Conflict, LogUnavailable, PenstockError
 
 log = structlog.get_logger()
 
-WRONG_LAST_SEQUENCE = 10071
+WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # the latter in a cluster, while another's word is on its way
 STATE_TIMEOUT_S = 5.0
 BATCH_MAX = 500
 CATCH_UP_TIMEOUT_S = 20.0
@@ -69,7 +69,7 @@ class ControlFeed:
                 subject, codec.encode(event), timeout_s=STATE_TIMEOUT_S, headers=headers
             )
         except ApiError as error:
-            if error.error_code == WRONG_LAST_SEQUENCE:
+            if error.error_code in WRONG_LAST_SEQUENCE:
                 raise Conflict from error
             raise LogUnavailable(f"the change could not be recorded: {error.message}") from error
         except (BusUnavailable, MessageTooLarge) as error:
