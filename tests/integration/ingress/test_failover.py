@@ -32,7 +32,7 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(40)
 
-HASTY = WorkerSettings(drain_s=0.2, first_byte_timeout_s=0.3, idle_timeout_s=0.3, tries=1)
+HASTY = WorkerSettings(drain_s=0.2, first_byte_timeout_s=1.5, idle_timeout_s=1.5, tries=1)
 REJECTED = {
     "message": "too long",
     "type": "invalid_request_error",
