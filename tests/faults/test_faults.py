@@ -14,7 +14,7 @@ from tests.faults.runner import Orders, Result, Run
 from tests.measured import measured
 
 SEED = 4
-SEEN, UNSEEN = 50, 15  # faults
+SEEN, UNSEEN = 40, 15  # faults
 pytestmark = pytest.mark.timeout(240)
 
 
