@@ -54,7 +54,7 @@ class FakeEngine:
             method, path, _ = head.split(" ", 2)
             length = next((int(line[15:]) for line in head.splitlines() if line.lower()[:15] == "content-length:"), 0)
             body = json.loads(await reader.readexactly(min(length, BODY_BYTES_MAX)) or b"{}")
-            if method == "POST":
+            if method == "POST" and path.endswith("/chat/completions"):
                 await self._chat(body, writer)
             elif path == "/health":
                 await _say(writer, {}, status=503 if self.dead else 200)
