@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import openai
@@ -83,10 +85,29 @@ async def test_slots_and_numbers_are_the_engines(sdk: OpenAI, own: Deployment) -
     assert await eventually(lambda: rows[0]["cached"] == cached, what="the ledger's count")
     told = await eventually(lambda: own.routes()["own"]["engine"], timeout_s=15, what="its numbers")
     assert told.keys() == {"running", "waiting", "cache_used", "prefix_asked", "prefix_found"}
-    with sdk.chat.completions.create(**endless(HELLO, tokens=LONG), stream=True) as stream:
-        next(stream)
-        told = await eventually(lambda: running(own), timeout_s=15, what="what runs is told")
+    with always_one(sdk):
+        told = await eventually(lambda: running(own), timeout_s=30, what="what runs is told")
         assert told["prefix_found"] >= cached
+
+
+@contextmanager
+def always_one(sdk: OpenAI) -> Iterator[None]:
+    """One stream at the engine at any time: the numbers are read every few seconds, and one alone may be over before."""
+    over = threading.Event()
+
+    def ask_on() -> None:
+        while not over.is_set():
+            with sdk.chat.completions.create(**endless(HELLO, tokens=LONG), stream=True) as stream:
+                while not over.is_set() and next(stream, None) is not None:
+                    pass
+
+    asker = threading.Thread(target=ask_on)
+    asker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        asker.join()
 
 
 def running(own: Deployment) -> dict[str, Any] | None:
