@@ -22,7 +22,7 @@ from schemas.ids import RequestId
 from schemas.settings import IngressSettings
 
 SWEEP_EVERY_S = 5.0
-KEYED_SHARE, RESUMABLE_SHARE, UNASKED_SHARE = 0.5, 0.25, 0.25  # of ``ingress.max_kept_bytes``
+KEYED_SHARE, RESUMABLE_SHARE, UNASKED_SHARE = 0.5, 0.375, 0.125  # of ``ingress.max_kept_bytes``
 
 
 class Room:

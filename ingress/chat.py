@@ -154,9 +154,8 @@ class ChatCompletions:
     async def _read_body(self, visit: Visit, scope: Scope, receive: Receive) -> bytes:
         """Raises: BodyTooLarge, RequestTimeout, Overloaded, ClientLeftError."""
         limit = self._settings.max_body_bytes
-        too_large = BodyTooLarge(f"The request body is over the limit of {limit} bytes.")
         if _content_length(scope["headers"]) > limit:
-            raise too_large
+            raise _too_large(limit)
         parts: list[bytes] = []
         size = 0
         try:
@@ -168,7 +167,7 @@ class ChatCompletions:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limit:
-                        raise too_large
+                        raise _too_large(limit)
                     visit.held_bytes += len(parts[-1])
                     self._held_bytes += len(parts[-1])
                     if self._held_bytes > self._settings.max_held_bytes:
@@ -241,6 +240,10 @@ def _left_out(error: PenstockError) -> tuple[LeftOutLeg, ...]:
     if not isinstance(error, NoAllowedRoute):
         return ()
     return tuple(LeftOutLeg(route=RouteId(route), model=model, why=why) for route, model, why in error.left_out)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is over the limit of {limit} bytes.")
 
 
 def prompt_hash(org: OrgId, messages: bytes) -> str:
