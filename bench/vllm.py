@@ -84,12 +84,23 @@ class Result(msgspec.Struct, kw_only=True):
         return [a - b for a, b in zip(ours, direct, strict=True)]
 
     @property
+    def direct_ms(self) -> list[float]:
+        """The median time to the first token without Penstock, round by round."""
+        return self.of("direct", self.one, lambda r: r.window.first_p50_ms)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the engine itself was even enough for what is added to be seen."""
+        return max(self.direct_ms) - min(self.direct_ms) <= ADDED_MS_MAX
+
+    @property
     def share(self) -> float:
         return statistics.median(self.ratios(self.many, lambda r: r.tokens_per_s))
 
     @property
     def met(self) -> bool:
-        return statistics.median(self.added_ms) <= ADDED_MS_MAX and self.share >= SHARE_MIN[self.gpu]
+        added_ms = statistics.median(self.added_ms)
+        return self.steady and added_ms <= ADDED_MS_MAX and self.share >= SHARE_MIN[self.gpu]
 
 
 def measure(*, rounds: int, one: Load, many: Load, gpu: bool, one_process: bool) -> Result:
@@ -179,10 +190,10 @@ def targets_table(result: Result) -> str:
     rows = [
         [
             "time to the first token, one stream: added to the median",
-            f"**{added_ms:+.2f} ms**",
+            f"**{added_ms:+.2f} ms**" if result.steady else "**not shown**",
             f"{min(added):+.2f} to {max(added):+.2f} ms",
             f"≤ +{ADDED_MS_MAX:g} ms",
-            "met" if added_ms <= ADDED_MS_MAX else "**missed**",
+            added_verdict(result, added_ms),
         ],
         [
             f"tokens/s, {result.many.title}: share left",
@@ -193,6 +204,12 @@ def targets_table(result: Result) -> str:
         ],
     ]
     return table(["Penstock to direct", "median of the rounds", "over the rounds", "target", ""], rows)
+
+
+def added_verdict(result: Result, added_ms: float) -> str:
+    if not result.steady:
+        return f"called directly it was itself {min(result.direct_ms):.1f} to {max(result.direct_ms):.1f} ms"
+    return "met" if added_ms <= ADDED_MS_MAX else "**missed**"
 
 
 def rates_table(result: Result) -> str:
