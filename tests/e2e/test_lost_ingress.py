@@ -39,6 +39,19 @@ async def _reading(up: Deployment, requests: int) -> list[asyncio.Task[Heard | N
     return [asyncio.create_task(one(number)) for number in range(requests)]
 
 
+async def _under_way(
+    up: Deployment, provider: Provider, *, requests: int, tokens: int, pace_s: float
+) -> tuple[set[str], list[asyncio.Task[Heard | None]]]:
+    """The requests that were there before, and the clients of as many more, each of which has had some tokens of its answer."""
+    await works(up)
+    before = _ids(up)
+    provider.forget()
+    provider.script(tokens=tokens, pace_s=pace_s)
+    reading = await _reading(up, requests)
+    await eventually(lambda: provider.answering() == requests and all(s["tokens_sent"] > 5 for s in provider.seen()))
+    return before, reading
+
+
 async def _closed(up: Deployment, before: set[str], requests: int) -> list[dict[str, Any]]:
     """The rows of the *requests* that were not there *before*, once all of them have ended."""
 
@@ -85,12 +98,7 @@ async def test_what_a_killed_ingress_left_open_is_closed_and_billed_by_its_recei
     broken_up: Deployment, provider: Provider
 ) -> None:
     broken_up.expected |= {"process_died", "ingress_gone", "ingress_lost", "requests_closed"}
-    await works(broken_up)
-    before = _ids(broken_up)
-    provider.forget()
-    provider.script(tokens=3000, pace_s=0.02)
-    reading = await _reading(broken_up, 8)
-    await eventually(lambda: provider.answering() == 8 and all(s["tokens_sent"] > 5 for s in provider.seen()))
+    before, reading = await _under_way(broken_up, provider, requests=8, tokens=3000, pace_s=0.02)
     broken_up.kill("ingress")
     killed_at = time.monotonic()
     heard = await asyncio.gather(*reading)
@@ -114,13 +122,8 @@ async def test_a_frozen_ingress_that_wakes_up_tells_no_client_of_a_success_that_
     """Some answers are complete and wait in its socket when it wakes: their requests have been closed meanwhile."""
     broken_up.expected |= {"process_died", "ingress_gone", "ingress_lost", "requests_closed"}
     broken_up.expected |= {"log_fenced", "events_lost", "request_not_recorded_in_time", f"penstock: {FENCED}"}
-    await works(broken_up)
-    before = _ids(broken_up)
-    provider.forget()
-    provider.script(tokens=50, pace_s=0.03)
+    before, reading = await _under_way(broken_up, provider, requests=8, tokens=50, pace_s=0.03)
     pid = broken_up.pid("ingress")
-    reading = await _reading(broken_up, 8)
-    await eventually(lambda: provider.answering() == 8 and all(s["tokens_sent"] > 5 for s in provider.seen()))
     with frozen(pid):
         await asyncio.sleep(STANDSTILL_S)
     heard = await asyncio.gather(*reading)
@@ -153,12 +156,7 @@ async def test_a_ledger_that_is_killed_while_it_closes_closes_each_once(
     broken_up: Deployment, provider: Provider
 ) -> None:
     broken_up.expected |= {"process_died", "ingress_gone", "ingress_lost", "requests_closed"}
-    await works(broken_up)
-    before = _ids(broken_up)
-    provider.forget()
-    provider.script(tokens=3000, pace_s=0.02)
-    reading = await _reading(broken_up, 4)
-    await eventually(lambda: provider.answering() == 4 and all(s["tokens_sent"] > 5 for s in provider.seen()))
+    before, reading = await _under_way(broken_up, provider, requests=4, tokens=3000, pace_s=0.02)
     broken_up.kill("ingress")
     killed_at = time.monotonic()
     await asyncio.gather(*reading)

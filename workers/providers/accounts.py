@@ -69,9 +69,7 @@ class _Heard:
     tokens: int = 0
     used: int | None = None  # prompt and answer, as the provider counts them
 
-    def note(self, chunk: Chunk, now: float) -> None:
-        if self.first_s is None:
-            self.first_s = now - self.sent_at
+    def note(self, chunk: Chunk) -> None:
         self.tokens += chunk.tokens
         if chunk.usage is not None:
             self.tokens = chunk.usage.completion_tokens
@@ -211,7 +209,9 @@ class Accounts(Provider):
             try:
                 async with aclosing(self._asked(job, grant, tries)) as chunks:
                     async for chunk in chunks:
-                        heard.note(chunk, self._clock())
+                        if heard.first_s is None:
+                            heard.first_s = self._clock() - heard.sent_at
+                        heard.note(chunk)
                         yield chunk if tries.count == 1 else msgspec.structs.replace(chunk, tries=tries.count)
             except Fault as fault:
                 pause_s = self._failed(grant, fault, heard, tries)
