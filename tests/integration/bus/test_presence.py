@@ -83,17 +83,22 @@ async def test_what_passed_while_this_process_stood_still_is_no_silence(roll: Ro
     assert roll.silent_s(INGRESS) < 0.3
 
 
-async def test_a_killed_process_has_no_listener_and_a_silent_one_has(roll: Roll, ingress: Connection) -> None:
+async def test_a_silent_process_has_a_listener_and_one_without_a_connection_has_none(
+    roll: Roll, ingress: Connection
+) -> None:
     beacon = Beacon(ingress, INGRESS)
     await beacon.start()
     assert beacon._beating is not None
     beacon._beating.cancel()
-    assert await roll.is_listening(INGRESS)
-    ingress.nc._transport._io_writer.transport.abort()
-    await eventually(lambda: not ingress.is_up, every_s=0)
-    assert not await roll.is_listening(INGRESS)
-    await eventually(lambda: ingress.is_up)
-    assert await roll.is_listening(INGRESS)
+    await eventually(lambda: roll.is_listening(INGRESS))
+    await cut(ingress)
+    await eventually(lambda: roll.is_listening(INGRESS))
+    await ingress.close()
+    await eventually(lambda: is_unheard_of(roll))
+
+
+async def is_unheard_of(roll: Roll) -> bool:
+    return not await roll.is_listening(INGRESS)
 
 
 async def test_a_lapse_is_noticed_by_the_one_who_lapsed(connection: Connection) -> None:
