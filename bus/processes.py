@@ -26,7 +26,7 @@ WATCH_EVERY_S = 0.05
 READY_TIMEOUT_S = 30.0
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 10.0
-STEADY_AFTER_S = 30.0  # a process that ran this long begins again with the shortest back-off
+STEADY_AFTER_S = 2.0  # a process that served this long begins again with the shortest back-off
 KILL_GRACE_S = 10.0
 
 
@@ -49,7 +49,7 @@ class Child:
         self.command = command
         self.process: subprocess.Popen[bytes] | None = None
         self._backoff_s = BACKOFF_MIN_S
-        self._began = 0.0
+        self._serves_since: float | None = None
         self._retry_at: float | None = None
 
     @property
@@ -58,7 +58,7 @@ class Child:
 
     def start(self) -> None:
         self.command.ready_file.unlink(missing_ok=True)
-        self._began = time.monotonic()
+        self._serves_since = None
         self._retry_at = None
         # -P: a folder called workers or schemas where the user stands must not be taken for ours.
         self.process = subprocess.Popen(  # noqa: S603 - our own program
@@ -79,11 +79,13 @@ class Child:
 
     def revive(self) -> bool:
         """Restarts the process if it has died, after its back-off. True if a new one was started."""
-        if self.process is None or self.process.poll() is None:
-            return False
         now = time.monotonic()
+        if self.process is None or self.process.poll() is None:
+            if self._serves_since is None and self.command.ready_file.exists():
+                self._serves_since = now
+            return False
         if self._retry_at is None:
-            if now - self._began > STEADY_AFTER_S:
+            if self._serves_since is not None and now - self._serves_since > STEADY_AFTER_S:
                 self._backoff_s = BACKOFF_MIN_S
             log.warning(
                 "process_died",

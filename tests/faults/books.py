@@ -18,6 +18,9 @@ said AS (
         request_id,
         min(producer) FILTER (kind = 'request.accepted') AS ingress,
         count(*) FILTER (kind = 'attempt.finished') AS receipts,
+        coalesce(list_contains(
+            list(epoch) FILTER (kind = 'attempt.finished'), max(epoch) FILTER (kind = 'request.finished')
+        ), false) AS counted,
         coalesce(bool_and((payload->>'$.announced')::BOOLEAN) FILTER (kind = 'request.accepted'), false) AS announced,
         count(*) FILTER (kind = 'request.accepted') AS accepted_events,
         count(*) FILTER (kind IN ('request.finished', 'request.rejected')) AS ended_events,
@@ -28,7 +31,7 @@ said AS (
 SELECT
     s.request_id::VARCHAR AS request_id, r.status, r.code, r.http_status, r.prompt_hash, r.estimated, r.attempts, r.migrations,
     r.prompt_tokens, r.completion_tokens, r.cached_tokens, r.cost_usd::VARCHAR AS cost_usd,
-    s.ingress, s.receipts, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
+    s.ingress, s.receipts, s.counted, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
 FROM said AS s LEFT JOIN requests AS r ON r.request_id = s.request_id
 """
 RECEIPTS = """
@@ -78,6 +81,7 @@ def _entry(row: dict[str, Any]) -> Entry:
         migrations=row["migrations"] or 0,
         ingress=row["ingress"],
         receipts=row["receipts"],
+        counted=row["counted"],
         announced=row["announced"],
         accepted_events=row["accepted_events"],
         ended_events=row["ended_events"],

@@ -138,6 +138,16 @@ def test_an_error_in_the_stream_is_billed_for_exactly_what_was_delivered() -> No
     assert rules(billed) == {(Kind.WRONG, "billed is what was delivered")}
 
 
+def test_what_a_worker_that_died_behind_the_last_word_did_not_tell_is_estimated_and_nothing_else_is() -> None:
+    heard = record(usage=(PROMPT.estimated_tokens, PROMPT.words))
+    guess = {"estimated": True, "prompt_tokens": PROMPT.estimated_tokens, "cached_tokens": 0}
+    assert found([heard], entries=[entry(**guess, counted=False)]) == []
+    counted = found([heard], entries=[entry(**guess)])
+    assert (Kind.WRONG, "what completed is billed as the provider counted") in rules(counted)
+    short = found([heard], entries=[entry(**guess, counted=False, completion_tokens=3)])
+    assert (Kind.WRONG, "billed is what was delivered") in rules(short)
+
+
 @pytest.mark.parametrize(("tokens", "fine"), [(1, False), (2, True), (3, True), (4, False)])
 def test_who_hung_up_is_billed_for_no_less_than_it_heard_and_no_more_than_was_made(tokens: int, fine: bool) -> None:
     heard = record(end=End.LEFT, text=text(1, 1), usage=None, finish_reason=None)

@@ -52,6 +52,7 @@ class Entry:
     migrations: int = 0
     ingress: str | None = None
     receipts: int = 0  # of workers
+    counted: bool = True  # the worker of the last attempt left one
     announced: bool = True  # by an ingress that says that it is there; release 0.1.0's doesn't
     accepted_events: int = 0
     ended_events: int = 0
@@ -223,7 +224,7 @@ def _complete(record: Record, entry: Entry) -> Iterator[Problem]:
     if len(record.text.split()) != prompt.words or record.finish_reason != "stop":
         told = f"{len(record.text.split())} of {prompt.words} words, finish reason {record.finish_reason}"
         yield Problem(Kind.WRONG, "a completed answer is whole", entry.request_id, told)
-    if record.usage != (prompt.tokens, prompt.words):
+    if record.usage not in {(tokens, prompt.words) for tokens in _prompt_tokens(entry, prompt)}:
         told = f"{record.usage}, not {(prompt.tokens, prompt.words)}"
         yield Problem(Kind.WRONG, "a completed answer's usage is the provider's", entry.request_id, told)
 
@@ -245,15 +246,15 @@ def _bill(record: Record, entry: Entry, said: Sequence[Generation]) -> Iterator[
     if entry.prompt_tokens not in _prompt_tokens(entry, prompt):
         told = f"{entry.status}: {entry.prompt_tokens} billed of {prompt.tokens}"
         yield Problem(Kind.WRONG, "the prompt is billed as counted", entry.request_id, told)
-    if entry.status == "completed" and (billed != prompt.words or entry.estimated):
+    if entry.status == "completed" and (billed != prompt.words or (entry.estimated and entry.counted)):
         told = f"{billed} of {prompt.words}, estimated: {entry.estimated}"
         yield Problem(Kind.WRONG, "what completed is billed as the provider counted", entry.request_id, told)
 
 
 def _prompt_tokens(entry: Entry, prompt: Prompt) -> set[int]:
-    """What may be billed for the prompt."""
+    """What may be billed for the prompt. A worker that dies behind the answer's last word takes the provider's figure along."""
     if entry.status == "completed":
-        return {prompt.tokens}
+        return {prompt.estimated_tokens if entry.estimated and not entry.counted else prompt.tokens}
     if entry.completion_tokens > 0:
         return {prompt.tokens, prompt.estimated_tokens}
     return {0, prompt.estimated_tokens} if entry.status == "cancelled" else {0}

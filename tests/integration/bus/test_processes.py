@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from bus.connection import connect
 from bus.processes import Child, Command, Supervisor
@@ -57,6 +58,26 @@ async def test_a_process_that_dies_is_started_again_and_the_change_is_told(
     await supervisor.stop()
     assert child.process is not None
     assert child.process.returncode == 0
+
+
+async def test_what_has_served_comes_back_at_once_and_what_dies_while_starting_ever_later(
+    nats_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bus.processes.STEADY_AFTER_S", 0.2)
+    child = _worker(nats_server, tmp_path)
+    changes: list[int | None] = []
+    supervisor = Supervisor([child], None, on_change=lambda: changes.append(child.pid))
+    child.start()
+    with capture_logs() as told:
+        async with _watching(supervisor):
+            for deaths, serves in enumerate((True, False, False, True), start=1):
+                if serves:
+                    await eventually(lambda: child.ready() is not None, timeout_s=20.0)
+                    await asyncio.sleep(0.5)
+                child.kill()
+                await eventually(lambda so_far=deaths: len(changes) == so_far)
+    await supervisor.stop()
+    assert [line["restart_in_s"] for line in told if line["event"] == "process_died"] == [0.1, 0.2, 0.4, 0.1]
 
 
 async def test_a_process_that_ends_while_starting_is_a_clear_error(nats_server: EmbeddedServer, tmp_path: Path) -> None:
