@@ -91,6 +91,8 @@ class Vllm(VllmClient):
         """Raises: SetupError if the route can't work as it is written, or vLLM isn't installed here."""
         if not route.models:
             raise SetupError(f"route {route.id!r}: name the model in [[routes.models]]")
+        if len(route.api_keys) > 1:
+            raise SetupError(f"route {route.id!r}: a server of your own has one limit, so name one key for it")
         served = route.vllm.model or route.models[0].upstream_name
         if route.base_url is not None:
             return cls(

@@ -276,6 +276,13 @@ def test_a_folder_that_is_not_there_is_told_at_once(model: str) -> None:
         Vllm.from_route(route, WorkerSettings())
 
 
+def test_a_second_key_for_a_server_of_ones_own_is_refused_and_not_ignored() -> None:
+    keys = tuple("env:PATH" for _ in range(2))
+    route = RouteSettings(id=ROUTE, provider="vllm", base_url="http://127.0.0.1:1/v1", models=MODELS, api_keys=keys)
+    with pytest.raises(SetupError, match="one key"):
+        Vllm.from_route(route, WorkerSettings())
+
+
 def test_a_machine_without_vllm_is_told_what_to_install() -> None:
     own = VllmSettings(command=("no-such-vllm",), model="org/m")
     route = RouteSettings(id=ROUTE, provider="vllm", models=MODELS, vllm=own)
