@@ -14,6 +14,7 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from bus.control import ControlFeed
+from bus.log import FENCED
 from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, end_body, send_problem
 from ingress.auth import authenticate
 from ingress.books import RECORD_FAILURE_WAIT_S, Arrival, Books
@@ -138,6 +139,8 @@ class ChatCompletions:
             return earlier
         if not self._services.queue.is_up:
             raise QueueUnavailable
+        if self._services.log.fenced:
+            raise LogUnavailable(FENCED)
         plan = self._services.router.plan(request, principal, body)
         books = Books(
             self._services.log,
@@ -199,7 +202,7 @@ class ChatCompletions:
             left_out=_left_out(error),
         )
         try:
-            await self._services.log.record(event, within_s=RECORD_FAILURE_WAIT_S)
+            await self._services.refusals.record(event, within_s=RECORD_FAILURE_WAIT_S)
         except LogUnavailable as unavailable:
             log.error("rejection_not_recorded_in_time", code=error.code, error=unavailable.message)
         except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached

@@ -56,6 +56,7 @@ class Services:
 
     ingress: IngressId
     log: EventLog
+    refusals: EventLog  # complete in themselves, so no fence keeps them out
     queue: JobQueue
     switchboard: Switchboard
     router: Router

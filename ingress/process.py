@@ -75,6 +75,7 @@ async def run_ingress(
     await publisher.start()
     fenced = asyncio.Event()
     event_log = EventLog(connection, publisher, producer=name, fence=subjects.fence(name), on_fenced=fenced.set)
+    refusals = EventLog(connection, publisher, producer=f"{name}-refusals")
     beacon = Beacon(connection, name, on_lapse=event_log.look_for_fence)
     control = ControlFeed(connection, publisher)
     await control.start()
@@ -89,6 +90,7 @@ async def run_ingress(
     services = Services(
         ingress=name,
         log=event_log,
+        refusals=refusals,
         queue=JobQueue(connection, publisher),
         switchboard=switchboard,
         router=router,
@@ -127,7 +129,7 @@ async def run_ingress(
     ending.cancel()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FLUSH_WAIT_S):
-            await event_log.flush()
+            await asyncio.gather(event_log.flush(), refusals.flush())
     await beacon.stop()
     await pulse.stop()
     await fleet.stop()

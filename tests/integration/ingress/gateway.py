@@ -219,6 +219,7 @@ async def ingress_up(
     services = Services(
         ingress=name,
         log=log,
+        refusals=EventLog(connection, publisher, producer=f"{name}-refusals"),
         queue=JobQueue(connection, publisher),
         switchboard=switchboard,
         router=router,

@@ -125,8 +125,11 @@ async def test_one_that_is_fenced_off_tells_no_client_of_a_success(
     stored = b"".join(await _stored(gateway))
     assert b"request.accepted" in stored
     assert b"request.finished" not in stored
+    assert b"request.rejected" not in stored
     async with session.post(gateway.chat_url, json=body(), headers=bearer()) as response:
         assert response.status == 503
+        assert (await response.json())["error"]["code"] == "log_unavailable"
+    assert b"".join(await _stored(gateway)).count(b"request.rejected") == 1
 
 
 async def _stored(gateway: Gateway) -> list[bytes]:

@@ -70,6 +70,7 @@ class Log:
     """An event log whose disk is the test's: what is appended is durable while ``open`` is set, or fails if it is broken."""
 
     producer = "ingress-a"
+    fenced = False
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -235,6 +236,7 @@ class Bench:
         services = Services(
             ingress=INGRESS,
             log=self.log,  # type: ignore[arg-type]
+            refusals=self.log,  # type: ignore[arg-type]
             queue=self.queue,  # type: ignore[arg-type]
             switchboard=self.switchboard,
             router=Router(self.fleet, control, RoutingSettings()),  # type: ignore[arg-type]
