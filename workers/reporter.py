@@ -1,7 +1,8 @@
 """Frames on their way to the ingress: numbered without gaps, coalesced under load, kept for a resend.
 
-A chunk is never held back: it goes out in the event loop's next turn. What has come together by then, because the provider sent
-several at once or this process is busy, goes out as one frame; so the busier the worker, the fewer the frames.
+A chunk is not held back, but for a first one without a token: it goes out in the event loop's next turn. What has come
+together by then, because the provider sent several at once or this process is busy, goes out as one frame; so the busier the
+worker, the fewer the frames.
 
 A frame that NATS wouldn't take would never arrive, however often it was asked for. So frames are bounded in bytes, and a single
 chunk that can't be carried is the provider's fault and ends the attempt.
@@ -51,6 +52,7 @@ class Reporter:
         self._chunks: list[Raw] = []
         self._tokens = 0
         self._wait_us = 0
+        self._begun = False
         self._token_ids: list[int] = []
         self._prompt_token_ids: tuple[int, ...] = ()
         self._usage_raw: bytes | None = None
@@ -93,8 +95,13 @@ class Reporter:
             self._token_ids += chunk.token_ids
             if chunk.prompt_token_ids and len(chunk.prompt_token_ids) <= PROMPT_IDS_MAX:
                 self._prompt_token_ids = chunk.prompt_token_ids
-            if self._outbox.wants(self):
+            if self._says_something(chunk) and self._outbox.wants(self):
                 self._outbox.mark(self)
+
+    def _says_something(self, chunk: Chunk) -> bool:
+        """Most servers begin with a chunk that has but the role, right before the first token: it goes along with that."""
+        opens, self._begun = not self._begun, True
+        return chunk.tokens > 0 or not opens
 
     def ended(self, outcome: Outcome) -> None:
         """Says how the attempt ended. A cancelled one says nothing where nobody listens any more."""

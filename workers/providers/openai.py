@@ -23,6 +23,7 @@ from workers.providers.openai_chunks import ChunkReader
 from workers.providers.openai_faults import complaint, refusal, refusal_inside, retry_after_s
 from workers.providers.patience import Patience
 from workers.providers.sse import EventSplitter
+from workers.providers.turns import Turns
 from workers.providers.upstream import Upstream, UpstreamAnswer
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -73,6 +74,7 @@ class OpenAI(Provider):
         self._settings = settings or WorkerSettings()
         self._upstream_names = {model.name: model.upstream_name for model in models}
         self._heard: Heard = lambda _: None
+        self._turns = Turns()
         sent = {"Content-Type": "application/json", **(headers or {})}
         if key is not None:
             sent |= self._key_headers(key)
@@ -146,19 +148,23 @@ class OpenAI(Provider):
         answer = await self._ask(job, patience)
         try:
             await must_be(STREAM, answer, patience)
-            at_end = False
-            while not (reader.done or at_end):
-                data = await answer.read(patience)
-                at_end, came = not data, False
-                for name, payload in events.feed(data) if data else events.end():
-                    chunk = reader.event(name, payload)
-                    if reader.done:
-                        break
-                    if chunk is not None:
-                        came = True
-                        yield chunk
-                if came:  # and only now: how long our caller took is not the provider's fault
-                    patience.renew()
+            at_end, tokens = False, 0
+            with self._turns.stream():
+                while not (reader.done or at_end):
+                    if tokens:  # the first one waits for nothing
+                        await self._turns.next()
+                    data = await answer.read(patience)
+                    at_end, came = not data, False
+                    for name, payload in events.feed(data) if data else events.end():
+                        chunk = reader.event(name, payload)
+                        if reader.done:
+                            break
+                        if chunk is not None:
+                            came = True
+                            tokens += chunk.tokens
+                            yield chunk
+                    if came:  # and only now: how long our caller took is not the provider's fault
+                        patience.renew()
             reader.check_complete()
         except BaseException:
             answer.close()

@@ -18,6 +18,7 @@ from tests.integration.providers.heard import hear
 from tests.mock_provider import MockProvider
 from tests.waiting import eventually
 from workers.providers.base import Provider
+from workers.providers.turns import BUSY_STREAMS
 
 TEXT = "Grüße, 世界! 🦊 " * 20
 
@@ -67,6 +68,33 @@ async def test_a_stream_without_usage_has_none_and_is_counted(provider: Provider
     heard = await hear(provider, make_job({"stream": True, "mock": {"tokens": 9, "usage": "never"}}))
     assert heard.usages == []
     assert heard.tokens == 9
+
+
+async def test_many_fast_streams_come_whole_and_in_fewer_pieces(provider: Provider) -> None:
+    """Each token comes by itself; with many streams at once several are read in one turn."""
+    script = {"stream": True, "mock": {"tokens": 40, "pace_s": 0.001}}
+
+    async def pieces() -> tuple[int, int]:
+        loop, turns, tokens = asyncio.get_running_loop(), 0, 0
+        turn_over = True
+
+        def over() -> None:
+            nonlocal turn_over
+            turn_over = True
+
+        async for chunk in provider.generate(make_job(script)):
+            tokens += chunk.tokens
+            turns += turn_over
+            if turn_over:
+                turn_over = False
+                loop.call_soon(over)
+        return turns, tokens
+
+    alone = await pieces()
+    among_many = await asyncio.gather(*[pieces() for _ in range(2 * BUSY_STREAMS)])
+    assert {tokens for _, tokens in [alone, *among_many]} == {40}
+    assert alone[0] > 20
+    assert max(turns for turns, _ in among_many) < alone[0] / 2
 
 
 async def test_reasoning_is_passed_on_and_counted(provider: Provider) -> None:

@@ -97,6 +97,28 @@ async def test_a_chunk_alone_is_a_frame_and_goes_out_in_the_next_turn(wire: Wire
     assert [len(frame.chunks) for frame in wire.frames() if isinstance(frame, Delta)] == [1] * 5
 
 
+async def test_a_first_chunk_without_a_token_goes_along_with_the_next(wire: Wire, report: Reporter) -> None:
+    report.chunk(Chunk(members=b'{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}'))
+    await _turns()
+    assert wire.said == []
+    report.chunk(_chunk(1))
+    await _turns()
+    report.chunk(Chunk(members=b'{"choices":[{"index":0,"delta":{"content":""}}]}'))
+    await _turns()
+    assert [len(frame.chunks) for frame in wire.frames() if isinstance(frame, Delta)] == [2, 1]
+
+
+@pytest.mark.parametrize("outcome", [DONE, Failed(fault=ProviderNonsense())], ids=["done", "failed"])
+async def test_a_chunk_without_a_token_that_none_follows_goes_out_with_the_end(
+    outcome: Completed | Failed, wire: Wire, report: Reporter
+) -> None:
+    report.chunk(Chunk(members=b'{"choices":[{"index":0,"delta":{"role":"assistant"}}]}'))
+    await _turns()
+    report.ended(outcome)
+    await _turns()
+    assert sum(len(frame.chunks) for frame in wire.frames() if isinstance(frame, Delta | Finished)) == 1
+
+
 async def test_chunks_of_one_turn_share_a_frame(wire: Wire, report: Reporter) -> None:
     for number in range(40):
         report.chunk(_chunk(number))
@@ -271,7 +293,7 @@ async def test_what_could_not_be_sent_can_be_asked_for_again(wire: Wire, report:
 async def test_the_oldest_frames_are_forgotten_over_the_bound(wire: Wire, outbox: Outbox) -> None:
     report = _reporter(outbox, max_kept_bytes=10_000)
     for _ in range(20):
-        report.chunk(Chunk(members=_members_of(2000)))
+        report.chunk(Chunk(members=_members_of(2000), tokens=1))
         await _turns()
     assert report.size <= 10_000
     wire.said.clear()
@@ -282,7 +304,7 @@ async def test_the_oldest_frames_are_forgotten_over_the_bound(wire: Wire, outbox
 
 async def test_one_frame_over_the_bound_is_sent_and_not_kept(wire: Wire, outbox: Outbox) -> None:
     report = _reporter(outbox, max_kept_bytes=100)
-    report.chunk(Chunk(members=_members_of(2000)))
+    report.chunk(Chunk(members=_members_of(2000), tokens=1))
     await _turns()
     assert len(wire.said) == 1
     assert report.size == 0
