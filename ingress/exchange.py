@@ -104,7 +104,8 @@ class Exchange:
             return
         except PenstockError as error:
             self._stop(error.code)
-            ending = Broke(error) if self._gone is None else self._left(self._gone)
+            # Without its traceback, which has this frame and so the error itself: a cycle.
+            ending = Broke(error.with_traceback(None)) if self._gone is None else self._left(self._gone)
         except Exception:
             log.exception("exchange_broke", request_id=self.books.arrival.request_id)
             self._stop("internal_error")

@@ -151,6 +151,8 @@ class Relay:
             self._mender.cancel()
             self._mender = None
         self._held.clear()
+        # They lead back to whoever holds this: a cycle, and all of a request would stay until the collector comes.
+        self._on_overflow = self._on_doubt = None
 
     def _accept(self, frame: AnyFrame, size: int) -> None:
         if isinstance(frame, Started):
