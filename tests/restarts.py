@@ -23,7 +23,7 @@ async def kill(server: EmbeddedServer) -> None:
 
 
 async def restart(server: EmbeddedServer, *connections: Connection) -> None:
-    """kill -9, and back on the same port with the same store; returns when *connections* are back, too.
+    """kill -9, and back on the same port with the same store; returns when *connections* are back, too, and heard there.
 
     What was in the server's memory is lost.
     """
@@ -34,6 +34,7 @@ async def restart(server: EmbeddedServer, *connections: Connection) -> None:
         await eventually(
             lambda c=connection, r=reconnects: c.is_up and c.nc.stats["reconnects"] > r, what="the reconnect"
         )
+        await connection.nc.flush()  # behind what it listens to: what another says from now on reaches it
 
 
 async def cut(connection: Connection) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import openai
 
+from tests.sdk import sdk
+
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
@@ -128,7 +130,7 @@ class Deployment:
         return str(self.ready()["api_key"])
 
     def sdk(self, *, key: str | None = None) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=self.base_url, api_key=key or self.api_key, max_retries=0, timeout=20)
+        return sdk(self.base_url, key or self.api_key)
 
     def sql(self, statement: str, *params: Any) -> list[dict[str, Any]]:
         """The rows that POST /v1/sql gives for *statement*."""

@@ -19,6 +19,7 @@ from tests.waiting import eventually
 
 CLIENTS = 10
 WORDS = 12
+PACE_S = 0.03  # an answer takes long enough for all clients to have one under way at every restart
 BETWEEN_S = 0.7
 ROLES = ("ingress", "worker", "ledger", "ingress-2", "worker-2", "ingress", "worker", "ledger")
 
@@ -63,7 +64,7 @@ class Load:
 
 async def test_no_client_notices_and_the_books_agree(pairs: Deployment, provider: Provider) -> None:
     pairs.expected |= {"process_died"}
-    provider.script(tokens=WORDS, pace_s=0.01)
+    provider.script(tokens=WORDS, pace_s=PACE_S)
     load = Load(pairs)
     await eventually(lambda: len(load.heard) > 2 * CLIENTS, timeout_s=20, what="the load")
     for role in ROLES:

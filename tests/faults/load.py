@@ -12,6 +12,7 @@ from random import Random
 
 import openai
 
+import tests.sdk
 from tests.faults.asking import ask, read_on
 from tests.faults.deployment import API_KEY
 from tests.faults.prompts import Prompt
@@ -34,10 +35,7 @@ class Load:
     def __init__(self, base_urls: Sequence[str], models: Sequence[str], *, clients: int, seed: str) -> None:
         self.records: list[Record] = []
         self._models = models
-        self._sdks = [
-            openai.AsyncOpenAI(base_url=url, api_key=API_KEY, max_retries=0, timeout=CLIENT_TIMEOUT_S)
-            for url in base_urls
-        ]
+        self._sdks = [tests.sdk.sdk(url, API_KEY, timeout_s=CLIENT_TIMEOUT_S) for url in base_urls]
         self._clients = clients
         self._seed = seed
         self._stopping = asyncio.Event()

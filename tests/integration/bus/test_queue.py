@@ -20,6 +20,7 @@ from schemas.jobs import Job, Lane
 from schemas.settings import NatsSettings
 from tests.factories import new_job
 from tests.restarts import kill, restart
+from tests.stopwatch import Stopwatch
 from tests.waiting import eventually
 
 HEADERS_BYTES = len(f"NATS/1.0\r\nNats-Msg-Id: {new_id()}.1\r\nNats-TTL: 60\r\n\r\n")
@@ -100,18 +101,20 @@ async def test_without_a_server_it_says_so_at_once(
     seq = await queue.publish(new_job())
     await kill(nats_server)
     await eventually(lambda: not queue.is_up)
-    async with asyncio.timeout(1.0):
-        with pytest.raises(QueueUnavailable):
-            await queue.publish(new_job())
-        assert await queue.withdraw(seq) is False
+    watch = Stopwatch()
+    with pytest.raises(QueueUnavailable):
+        await queue.publish(new_job())
+    assert await queue.withdraw(seq) is False
+    assert watch.s < 1.0
 
 
 async def test_without_a_queue_it_says_so_at_once(bare: Connection) -> None:
     publisher = Publisher(bare)
     await publisher.start()
-    async with asyncio.timeout(1.0):
-        with pytest.raises(QueueUnavailable):
-            await JobQueue(bare, publisher).publish(new_job())
+    watch = Stopwatch()
+    with pytest.raises(QueueUnavailable):
+        await JobQueue(bare, publisher).publish(new_job())
+    assert watch.s < 1.0
     await publisher.stop()
 
 

@@ -145,8 +145,10 @@ async def test_its_directory_may_have_any_name(name: str, tmp_path: Path) -> Non
         assert (tmp_path / name / "jetstream").is_dir()
 
 
-async def test_a_cancelled_start_leaves_nothing_behind(tmp_path: Path) -> None:
-    for _ in range(5):  # on a busy machine the server may be there before we are
+async def test_a_cancelled_start_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = _script(tmp_path / "slow", f'test "$1" = --version || sleep 0.5; exec {find_binary()} "$@"')
+    monkeypatch.setenv("NATS_SERVER", str(slow))
+    for _ in range(5):  # on a busy machine even this one may be there before we are
         server = EmbeddedServer(tmp_path / "nats")
         starting = asyncio.create_task(server.start())
         await eventually(lambda server=server: server._process is not None, what="the child", every_s=0)
@@ -158,6 +160,7 @@ async def test_a_cancelled_start_leaves_nothing_behind(tmp_path: Path) -> None:
         await server.stop()
     assert starting.cancelled()
     assert is_gone(pid)
+    monkeypatch.delenv("NATS_SERVER")
     async with EmbeddedServer(tmp_path / "nats"):
         pass
 

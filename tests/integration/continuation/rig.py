@@ -18,6 +18,8 @@ from bus.server import EmbeddedServer
 from schemas import subjects
 from tests.faults.processes import Command, Member
 from tests.faults.proxy import Link
+from tests.sdk import sdk
+from tests.stopwatch import Stopwatch
 from tests.waiting import eventually
 
 MODEL = "echo"
@@ -48,6 +50,8 @@ class Heard:
 
     chunks: list[ChatCompletionChunk] = field(default_factory=list)
     at: list[float] = field(default_factory=list)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    waited_s: float = 0.0  # for a processor, from what was done to the worker to the end
     error: openai.APIError | None = None
 
     @property
@@ -70,7 +74,7 @@ class Heard:
 
     @property
     def gap_s(self) -> float:
-        """The longest time without a word."""
+        """The longest time without a word, as its client had it."""
         return max(after - before for before, after in zip(self.at, self.at[1:], strict=False))
 
 
@@ -148,17 +152,19 @@ class Rig:
             "stream_options": {"include_usage": True},
             **members,
         }
-        async with openai.AsyncOpenAI(base_url=self.base_url, api_key=API_KEY, max_retries=0, timeout=60) as client:
+        async with sdk(self.base_url, API_KEY, timeout_s=60) as client:
             try:
                 async for chunk in await client.chat.completions.create(**body):
                     heard.chunks.append(chunk)
                     heard.at.append(time.monotonic())
                     if when is not None and len(heard.chunks) == after:
+                        heard.watch = Stopwatch()
                         done = when(heard)
                         if hasattr(done, "__await__"):
                             await done
             except openai.APIError as error:
                 heard.error = error
+        heard.waited_s = heard.watch.waited_s
         return heard
 
     async def at_work(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.integration.continuation.rig import PACE_S, TEXT, TOKENS_PER_S, Heard, Rig
+from tests.stopwatch import Stopwatch
 from tests.waiting import eventually
 from workers.providers.tokens import count
 
@@ -47,7 +48,7 @@ async def test_a_killed_worker_is_no_more_than_a_pause(two: Rig) -> None:
     assert "".join(logprobs) == TEXT
     migrated = await two.event("stream.migrated")
     tell("kill -9", heard, migrated)
-    assert heard.gap_s < GAP_MAX_S
+    assert heard.gap_s - heard.waited_s < GAP_MAX_S
     assert (migrated["reason"], migrated["how"]) == ("worker_lost", "exact")
     assert migrated["from_worker"] != migrated["worker"]
     assert 10 < migrated["tokens_carried"] < count(TEXT)
@@ -72,7 +73,7 @@ async def test_a_worker_that_drains_hands_its_stream_on_at_once(two: Rig) -> Non
     migrated = await two.event("stream.migrated")
     tell("planned yield", heard, migrated)
     assert migrated["reason"] == "worker_yielded"
-    assert migrated["gap_us"] < 100_000  # the target is 10 ms and a token's time; this machine has other things to do
+    assert migrated["gap_us"] / 1e6 - heard.waited_s < 0.1  # the target is 10 ms and a token's time
     receipts = await eventually(lambda: len(found := two.of_kind("attempt.finished")) == 2 and found)
     assert sorted(receipt["outcome"] for receipt in receipts) == ["completed", "handed_back"]
     assert sum(receipt["tokens_sent"] for receipt in receipts) == count(TEXT)
@@ -93,7 +94,8 @@ async def test_a_worker_that_stands_still_is_left_and_told_to_stop_when_it_speak
     migrated = await rig.event("stream.migrated")
     tell("SIGSTOP", heard, migrated)
     assert migrated["reason"] == "worker_stalled"
-    assert STALL_S <= heard.gap_s < STALL_S + 1.0
+    assert heard.gap_s >= STALL_S
+    assert heard.gap_s - heard.waited_s < STALL_S + 1.0
     rig.workers[stopped[0]].resume()
     receipts = await eventually(lambda: len(found := rig.of_kind("attempt.finished")) == 2 and found)
     stale = next(receipt for receipt in receipts if receipt["worker"] == stopped[0])
@@ -130,7 +132,7 @@ async def test_a_cut_cable_is_noticed_at_once(two: Rig) -> None:
     migrated = await two.event("stream.migrated")
     tell("NATS connection cut", heard, migrated)
     assert migrated["reason"] == "worker_lost"
-    assert heard.gap_s < GAP_MAX_S
+    assert heard.gap_s - heard.waited_s < GAP_MAX_S
 
 
 @pytest.mark.parametrize(("how", "least_s", "most_s"), [("killed", 0.0, 1.0), ("silent", 4.0, 14.0)])
@@ -149,12 +151,13 @@ async def test_before_the_first_token_another_begins_as_soon_as_the_loss_is_noti
         await rig.workers["worker-a"].kill()
     else:
         rig.cables["worker-a"].freeze()
-    lost_at = time.monotonic()
+    watch, lost_at = Stopwatch(), time.monotonic()
     heard = await asked
     check_unbroken(heard)
     after_s = heard.at[0] - lost_at
     sys.stdout.write(f"{how} before the first token: the other's came after {after_s * 1000:.0f} ms\n")
-    assert least_s <= after_s < most_s
+    assert after_s >= least_s
+    assert after_s - watch.waited_s < most_s
     assert not rig.of_kind("stream.migrated")
     assert (await rig.event("request.finished"))["attempts"] == 2
 

@@ -15,6 +15,7 @@ import openai
 import uvicorn
 from uvicorn.server import ServerState
 
+import tests.sdk
 from bus.claims import Claims
 from bus.connection import Connection, Message, connect
 from bus.control import ControlFeed
@@ -167,7 +168,7 @@ def body(content: str = "one two three", **members: Any) -> dict[str, Any]:
 
 
 def sdk(base_url: str, key: str = CLIENT_KEY) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=20)
+    return tests.sdk.sdk(base_url, key)
 
 
 def route_settings(mock: MockProvider, *, name: str = "mock", slots: int = SLOTS) -> RouteSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import aiohttp
 import msgspec
@@ -15,6 +14,7 @@ from tests.integration.ingress.gateway import Gateway, Lines, OpenGateway, beare
 from tests.measured import measured
 from tests.mock_provider import MockProvider
 from tests.restarts import cut, frozen, kill, restart
+from tests.stopwatch import Stopwatch
 from tests.waiting import eventually
 
 BACK_WITHIN_S = 3.0
@@ -36,15 +36,14 @@ async def test_after_a_restart_while_idle_the_next_request_works_by_itself(
     assert (await _ask(session, gateway))[0] == 200
     await nats_server.stop()
     await nats_server.start()
-    began = time.monotonic()
+    watch = Stopwatch()
 
     async def works() -> bool:
         return (await _ask(session, gateway))[0] == 200
 
     await soon(works, what="a request", timeout_s=10)
-    took = time.monotonic() - began
-    measured("nats_restarted_to_first_answer_ms", round(took * 1000))
-    assert took < BACK_WITHIN_S
+    measured("nats_restarted_to_first_answer_ms", round(watch.wall_s * 1000))
+    assert watch.s < BACK_WITHIN_S
     assert (await _ask(session, gateway))[0] == 200
 
 
@@ -130,12 +129,12 @@ async def test_while_nats_is_away_requests_are_refused_at_once_and_readiness_say
     root = gateway.base_url.removesuffix("/v1")
     await nats_server.stop()
     await eventually(lambda: not gateway.ingress.connection.is_up)
-    began = time.monotonic()
+    watch = Stopwatch()
     async with session.post(gateway.chat_url, json=body(), headers=bearer()) as response:
         told = await response.json()
         headers = headers_of(response)
         assert response.status == 503
-    assert time.monotonic() - began < 2.0
+    assert watch.s < 2.0
     assert told["error"]["code"] == "queue_unavailable"
     assert int(headers["retry-after"]) >= 1
     async with session.get(f"{root}/readyz") as response:
