@@ -12,12 +12,15 @@ from bus.publisher import Publisher
 from bus.server import EmbeddedServer
 from bus.streams import ensure_streams
 from schemas.settings import NatsSettings
+from tests.ports import free_port
 
 
 @pytest.fixture
 async def nats_server(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
     """A real nats-server on a free port; it starts in 15 ms and dies with the test."""
-    async with EmbeddedServer(tmp_path / "nats") as server:
+    server = EmbeddedServer(tmp_path / "nats")
+    server._port = free_port()  # many tests have it killed and started again on the same port
+    async with server:
         yield server
 
 

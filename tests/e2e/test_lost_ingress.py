@@ -122,7 +122,7 @@ async def test_a_frozen_ingress_that_wakes_up_tells_no_client_of_a_success_that_
     """Some answers are complete and wait in its socket when it wakes: their requests have been closed meanwhile."""
     broken_up.expected |= {"process_died", "ingress_gone", "ingress_lost", "requests_closed"}
     broken_up.expected |= {"log_fenced", "events_lost", "request_not_recorded_in_time", f"penstock: {FENCED}"}
-    before, reading = await _under_way(broken_up, provider, requests=8, tokens=50, pace_s=0.03)
+    before, reading = await _under_way(broken_up, provider, requests=8, tokens=50, pace_s=0.06)
     pid = broken_up.pid("ingress")
     with frozen(pid):
         await asyncio.sleep(STANDSTILL_S)
@@ -140,7 +140,7 @@ async def test_a_frozen_ingress_that_wakes_up_tells_no_client_of_a_success_that_
 
 
 async def test_a_short_standstill_costs_nothing(broken_up: Deployment, provider: Provider) -> None:
-    provider.script(tokens=50, pace_s=0.03)
+    provider.script(tokens=50, pace_s=0.06)
     reading = await _reading(broken_up, 4)
     await eventually(lambda: provider.answering() == 4)
     with frozen(broken_up.pid("ingress")):

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import time
 import urllib.request
@@ -32,6 +31,7 @@ from schemas.events import RequestRejected
 from schemas.ids import EventId, IngressId, RequestId, new_id
 from schemas.settings import NatsSettings, load
 from schemas.upcasters import read_event
+from tests.ports import free_port
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,7 @@ def _event(code: str) -> RequestRejected:
 async def _cluster(stack: contextlib.ExitStack, folder: Path) -> list[Server]:
     """Three servers. Routes need ports that are known before; if somebody takes one meanwhile, once more with others."""
     for attempt in range(STARTS_MAX):
-        ports = _free_ports(len(SERVERS))
+        ports = [free_port() for _ in SERVERS]
         servers = [
             stack.enter_context(_server(name, folder / str(attempt), port, ports))
             for name, port in zip(SERVERS, ports, strict=True)
@@ -219,15 +219,6 @@ def _told_ports(server: Server, file: Path) -> dict[str, list[str]]:
         raise PortTaken(server.name)
     told: dict[str, list[str]] = json.loads(file.read_bytes())
     return told
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [sock.getsockname()[1] for sock in held]
-    finally:
-        for sock in held:
-            sock.close()
 
 
 def _compose() -> dict[str, Any]:

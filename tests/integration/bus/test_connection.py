@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,6 +16,7 @@ from bus.server import EmbeddedServer
 from bus.streams import ensure_streams
 from schemas.errors import SetupError
 from schemas.settings import NatsSettings
+from tests.ports import free_port
 from tests.restarts import cut, frozen, kill, restart
 from tests.stopwatch import Stopwatch
 from tests.waiting import eventually
@@ -34,7 +34,7 @@ SECRET = "hunter2-and-more"
     ],
 )
 async def test_nobody_there_is_a_clear_error_in_time_that_keeps_the_secret(url: str) -> None:
-    address = f"127.0.0.1:{_unused_port()}"
+    address = f"127.0.0.1:{free_port()}"
     watch = Stopwatch()
     with pytest.raises(SetupError, match=address) as told:
         await connect(url.format(secret=SECRET, address=address), name="test", wait_s=0.3)
@@ -305,12 +305,6 @@ def _all_that_it_says(error: BaseException | None) -> str:
         said += f"{error} {error!r} {error.__dict__}"
         error = error.__cause__ or error.__context__
     return said
-
-
-def _unused_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def test_reconnecting_goes_on_after_an_error_that_nobody_expects(connection: Connection) -> None:

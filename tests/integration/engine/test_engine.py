@@ -102,7 +102,7 @@ async def test_an_end_that_can_be_mended_says_how(make: Make, tmp_path: Path) ->
 
 
 async def test_a_start_over_its_limit_is_ended_and_tried_again(make: Make) -> None:
-    rig = make("--fake-stuck", "--fake-child", start_timeout_s=3.0)
+    rig = make("--fake-stuck", "--fake-child", start_timeout_s=5.0)
     rig.start()
     await eventually(lambda: len(rig.processes()) == 3, timeout_s=10, what="it runs")
     before = rig.processes()

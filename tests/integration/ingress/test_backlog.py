@@ -89,9 +89,10 @@ async def test_without_another_route_a_full_backlog_is_a_429_of_the_clients_own_
 ) -> None:
     gateway = await open_gateway(slots=1)
     await _bound_backlog(gateway.ingress.connection, 1)
-    mock.script(delay_s=1.0)
+    mock.script(delay_s=2.0)
     first = asyncio.create_task(_ask(session, gateway))
     await eventually(lambda: mock.answering == 1)
+    mock.script()
     second = asyncio.create_task(_ask(session, gateway))
     await gateway.jobs_waiting(1)
     status, headers, _ = await _ask(session, gateway)

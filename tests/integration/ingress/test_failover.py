@@ -96,7 +96,7 @@ def _cases(stream: bool) -> list[Any]:
 async def test_a_fault_before_the_first_token_goes_to_the_next_route_unseen(
     open_routes: OpenRoutes, stream: bool, script: dict[str, Any], told: str
 ) -> None:
-    up = await open_routes("first", "second", worker=HASTY)
+    up = await open_routes("first", "second", worker=HASTY if "stall_at" in script else None)
     up.mock("first").script(**script)
     async with sdk(up.base_url) as client:
         if stream:
@@ -183,7 +183,7 @@ async def test_nobody_takes_the_job_in_time(
     open_routes: OpenRoutes, session: aiohttp.ClientSession, stream: bool
 ) -> None:
     """All slots of the first route are taken: its queue time-out ends, the job is withdrawn there and served elsewhere."""
-    up = await open_routes("first", "second", slots=1, ingress=IngressSettings(timeouts=timeouts(queue_s=0.4)))
+    up = await open_routes("first", "second", slots=1, ingress=IngressSettings(timeouts=timeouts(queue_s=1.0)))
     up.mock("first").script(tokens=500, pace_s=0.01)
     async with Lines(session, up.chat_url, body("busy", stream=True)) as busy:
         await busy.next()
@@ -194,7 +194,7 @@ async def test_nobody_takes_the_job_in_time(
         await up.jobs_waiting(0)
     assert answer.headers["x-penstock-route"] == "second"
     assert answer.headers["x-penstock-tried"] == "first;code=queue_timeout"
-    assert took_s >= 0.4
+    assert took_s >= 1.0
     assert without_s < 3.0
     assert [seen.body["messages"][0]["content"] for seen in up.mock("first").seen] == ["busy"]
 
@@ -202,12 +202,12 @@ async def test_nobody_takes_the_job_in_time(
 async def test_a_worker_that_says_nothing_in_time_is_stopped_and_the_next_route_asked(
     open_routes: OpenRoutes, session: aiohttp.ClientSession
 ) -> None:
-    up = await open_routes("first", "second", ingress=IngressSettings(timeouts=timeouts(first_token_s=0.3)))
+    up = await open_routes("first", "second", ingress=IngressSettings(timeouts=timeouts(first_token_s=0.8)))
     up.mock("first").script(stall_at=0)  # after its role
     watch = Stopwatch()
     async with Lines(session, up.chat_url, body(stream=True)) as answer:
         await answer.chunks()
-    assert watch.wall_s >= 0.3
+    assert watch.wall_s >= 0.8
     assert watch.s < 3.0
     assert answer.headers["x-penstock-tried"] == "first;code=first_token_timeout"
     await eventually(lambda: up.mock("first").seen[0].gone_s is not None, what="the provider's connection closed")
@@ -310,7 +310,7 @@ async def test_the_total_time_out_bounds_all_attempts_together(
     open_routes: OpenRoutes, session: aiohttp.ClientSession
 ) -> None:
     up = await open_routes(
-        "first", "second", ingress=IngressSettings(timeouts=timeouts(first_token_s=0.5, total_s=0.8))
+        "first", "second", ingress=IngressSettings(timeouts=timeouts(first_token_s=1.0, total_s=1.6))
     )
     for name in ("first", "second"):
         up.mock(name).script(stall_at=-1)
@@ -318,7 +318,7 @@ async def test_the_total_time_out_bounds_all_attempts_together(
     async with session.post(up.chat_url, json=body(), headers=bearer()) as response:
         told = await response.json()
     assert (response.status, told["error"]["code"]) == (504, "total_timeout")
-    assert watch.wall_s >= 0.8
+    assert watch.wall_s >= 1.6
     assert watch.s < 3.0
     assert response.headers["x-penstock-tried"] == "first;code=first_token_timeout"
     for name in ("first", "second"):

@@ -101,8 +101,8 @@ async def test_both_speak_at_once_and_only_one_is_heard(
 
 
 async def test_a_fast_answer_has_no_second_attempt(open_routes: OpenRoutes, session: aiohttp.ClientSession) -> None:
-    up = await open_routes("first", "second")
-    up.mock("first").script(tokens=40, pace_s=0.01)  # slow as a whole, but soon to speak
+    up = await open_routes("first", "second", hedge_after_s=1.0)
+    up.mock("first").script(tokens=40, pace_s=0.03)  # slow as a whole, but soon to speak
     _, answer = await _text(session, up)
     assert answer.headers["x-penstock-attempts"] == "1"
     assert not up.mock("second").seen

@@ -75,7 +75,7 @@ async def test_a_retry_is_told_the_same_byte_for_byte_and_costs_nothing(
 async def test_tries_at_the_same_moment_share_one_generation(
     gateway: Gateway, mock: MockProvider, session: aiohttp.ClientSession, stream: bool
 ) -> None:
-    mock.script(tokens=20, pace_s=0.01)
+    mock.script(tokens=20, pace_s=0.06)
     answers = await asyncio.gather(*(ask(session, gateway, body(stream=stream), keyed()) for _ in range(8)))
     assert {answer[0] for answer in answers} == {200}
     assert len({answer[2] for answer in answers}) == 1
@@ -191,7 +191,7 @@ async def test_the_key_of_a_request_that_was_cancelled_in_the_queue_is_free_agai
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     gateway = await open_gateway(slots=1)
-    mock.script(tokens=3, pace_s=0.15)
+    mock.script(tokens=3, pace_s=0.5)
     first = asyncio.create_task(ask(session, gateway, body("first"), bearer()))
     await eventually(lambda: mock.answering == 1)
     async with Wire(gateway.base_url) as wire:
@@ -235,11 +235,11 @@ async def test_a_key_of_255_characters_is_one(gateway: Gateway, session: aiohttp
 async def test_a_key_is_new_again_when_its_time_is_over(
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
-    gateway = await open_gateway(ingress=IngressSettings(idempotency_s=0.3))
+    gateway = await open_gateway(ingress=IngressSettings(idempotency_s=1.0))
     for _ in range(2):
         await ask(session, gateway, body(), keyed())
     assert len(mock.seen) == 1
-    await asyncio.sleep(0.35)
+    await asyncio.sleep(1.05)
     assert "x-penstock-replayed" not in (await ask(session, gateway, body(), keyed()))[1]
     assert len(mock.seen) == 2
 

@@ -124,7 +124,7 @@ async def test_a_job_whose_client_leaves_the_queue_is_withdrawn_and_costs_nothin
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     gateway = await open_gateway(slots=1)
-    mock.script(tokens=100, pace_s=0.01)
+    mock.script(tokens=200, pace_s=0.01)
     async with Lines(session, gateway.chat_url, body("first", stream=True)) as first:
         await first.next()
         async with Wire(gateway.base_url) as wire:

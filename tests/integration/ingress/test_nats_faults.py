@@ -74,7 +74,7 @@ async def test_jobs_that_waited_when_nats_was_killed_are_served(
 ) -> None:
     """The queue lives in memory: whoever waits for an answer puts the job in again."""
     gateway = await open_gateway(slots=1)
-    mock.script(tokens=30, pace_s=0.02)
+    mock.script(tokens=30, pace_s=0.1)
     async with Lines(session, gateway.chat_url, body("first", stream=True)) as first:
         await first.next()
         mock.script()
@@ -94,7 +94,7 @@ async def test_jobs_that_waited_when_only_our_connection_broke_are_served_once(
 ) -> None:
     """The queue still has them: what is put in again is the same job, and known to it."""
     gateway = await open_gateway(slots=1)
-    mock.script(tokens=30, pace_s=0.02)
+    mock.script(tokens=30, pace_s=0.1)
     async with Lines(session, gateway.chat_url, body("first", stream=True)) as first:
         await first.next()
         mock.script()
@@ -112,7 +112,7 @@ async def test_jobs_that_waited_when_only_our_connection_broke_are_served_once(
 async def test_a_request_whose_answer_comes_while_nats_is_away_gets_it_when_nats_is_back(
     gateway: Gateway, nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
-    mock.script(delay_s=0.2)
+    mock.script(delay_s=1.0)
     asking = asyncio.create_task(_ask(session, gateway))
     await eventually(lambda: mock.answering == 1)
     await kill(nats_server)

@@ -79,7 +79,7 @@ async def test_a_stream_that_runs_is_continued_at_another_ingress(
     """For longer than its client may be away: who reads there is attached here."""
     mock.script(tokens=30, pace_s=0.1)
     async with Stream(gateway.base_url) as stream:
-        await stream.begin(body(stream=True), **{"x-penstock-resume": "1"})
+        await stream.begin(body(stream=True), **{"x-penstock-resume": "2"})
         await stream.read_events(cut)
     async with again(session, other, stream.request_id, after=cut) as answer:
         rest = await answer.read()
@@ -227,7 +227,7 @@ async def test_a_retry_at_another_ingress_keeps_the_request_going(
 ) -> None:
     mock.script(tokens=30, pace_s=0.1)
     async with Stream(gateway.base_url) as stream:
-        await stream.begin(body(stream=True), **{"Idempotency-Key": "order-1", "x-penstock-resume": "1"})
+        await stream.begin(body(stream=True), **{"Idempotency-Key": "order-1", "x-penstock-resume": "2"})
         await stream.read_events(2)
     async with keyed(other, session, stream=True) as answer:
         whole = await answer.read()

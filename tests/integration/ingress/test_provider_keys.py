@@ -37,6 +37,7 @@ from workers.providers.keys import KeyRules
 
 KEYS = {"ONE": "sk-first-0123456789", "TWO": "sk-second-0123456789", "THREE": "sk-third-0123456789"}
 ONE, TWO, THREE = KEYS.values()
+ON_THE_WAY_S = 0.2  # a request may take so much longer than another from the worker, which counts it, to the provider
 LABELS = tuple(f"env:{name}" for name in KEYS)
 MESSAGES: Any = body()["messages"]
 
@@ -284,7 +285,8 @@ async def test_held_jobs_go_on_when_the_minute_is_over(open_desk: OpenDesk, mock
     desk = await open_desk(requests_per_minute=5, rules=Rules(keys=KeyRules(minute_s=2.0)))
     assert await all_answers(desk, 17, at_once=17) == ["one two three"] * 17
     times = sorted(seen.at_s for seen in mock.seen)
-    assert [sum(first <= at < first + 2.0 for at in times) for first in times] == pytest.approx([3] * 17, abs=2)
+    window_s = 2.0 - ON_THE_WAY_S
+    assert [sum(first <= at < first + window_s for at in times) for first in times] == pytest.approx([3] * 17, abs=2)
     assert (await desk.route())["state"] in {"serving", "held: its 5 requests a minute are used up"}
 
 

@@ -193,7 +193,7 @@ async def test_a_client_that_comes_back_takes_the_place_of_its_half_open_connect
     gateway: Gateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     """The first connection looks alive; nobody reads it any more. Nothing was asked for."""
-    mock.script(tokens=30, pace_s=0.02)
+    mock.script(tokens=30, pace_s=0.08)
     async with Stream(gateway.base_url) as stream:
         await stream.begin(body(stream=True))
         await stream.read_events(3)
@@ -364,11 +364,11 @@ async def test_a_retry_with_its_key_continues_after_the_last_event_that_came(
 async def test_a_stream_is_kept_for_its_time_and_no_longer(
     open_gateway: OpenGateway, session: aiohttp.ClientSession
 ) -> None:
-    gateway = await open_gateway(ingress=IngressSettings(resume_s=0.5))
+    gateway = await open_gateway(ingress=IngressSettings(resume_s=1.0))
     async with Lines(session, gateway.chat_url, body(stream=True)) as stream:
         await stream.rest()
     assert (await resume(session, gateway, stream.request_id, 0))[0] == 200
-    await asyncio.sleep(0.55)
+    await asyncio.sleep(1.05)
     assert (await resume(session, gateway, stream.request_id, 0))[0] == 404
 
 

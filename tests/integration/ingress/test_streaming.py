@@ -21,6 +21,7 @@ from tests.integration.ingress.gateway import (
     sdk,
 )
 from tests.mock_provider import MockProvider
+from tests.waiting import eventually
 
 
 async def test_all_chunks_have_one_id_created_and_model(gateway: Gateway, session: aiohttp.ClientSession) -> None:
@@ -128,7 +129,7 @@ async def test_a_waiting_stream_is_kept_alive_by_comments_also_before_the_first_
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     gateway = await open_gateway(ingress=IngressSettings(keep_alive_comment_s=0.05))
-    mock.script(delay_s=0.3)
+    mock.script(delay_s=0.6)
     async with Lines(session, gateway.chat_url, body(stream=True)) as stream:
         events = await stream.rest()
     comments = [event == b": keep-alive" for event in events]
@@ -142,9 +143,11 @@ async def test_a_stream_that_waits_in_the_queue_is_kept_alive_too(
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     gateway = await open_gateway(ingress=IngressSettings(keep_alive_comment_s=0.05), slots=1)
-    mock.script(delay_s=0.3)
+    mock.script(delay_s=1.5)
     async with Lines(session, gateway.chat_url, body(stream=True)) as first:
         assert await first.next() == b": keep-alive"
+        await eventually(lambda: mock.seen, what="the first at the provider")
+        mock.script(delay_s=0.1)
         async with Lines(session, gateway.chat_url, body(stream=True)) as second:
             assert await second.next() == b": keep-alive"
             assert len(mock.seen) == 1

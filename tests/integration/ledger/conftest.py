@@ -171,13 +171,24 @@ async def _served(writer: Writer, queries: Queries, sock: socket.socket) -> Asyn
 
 
 @pytest.fixture
-async def ledger(
-    nats_server: EmbeddedServer, connection: Connection, publisher: Publisher, home: Path, empty_file: Path
+def sql_timeout_s() -> float:
+    """Long enough for any query on a busy machine; a test that waits for it has it shorter."""
+    return 10.0
+
+
+@pytest.fixture
+async def ledger(  # noqa: PLR0917
+    nats_server: EmbeddedServer,
+    connection: Connection,
+    publisher: Publisher,
+    home: Path,
+    empty_file: Path,
+    sql_timeout_s: float,
 ) -> AsyncIterator[RunningLedger]:
     """A ledger that knows two keys."""
     lay(empty_file, home)
     async with ledger_up(
-        nats_server, home, publisher, sql_timeout_s=1.0, sql_max_rows=100, sql_max_concurrent=2
+        nats_server, home, publisher, sql_timeout_s=sql_timeout_s, sql_max_rows=100, sql_max_concurrent=2
     ) as running:
         await running.state(
             samples.key_stated(sha256(ANALYST_KEY), key_id="key_analyst", role=Role.ANALYST),

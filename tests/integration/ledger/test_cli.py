@@ -126,11 +126,11 @@ async def test_a_cut_result_is_told_and_has_its_own_exit_status(shell: Shell) ->
 
 
 @pytest.mark.parametrize(
-    ("query", "message"),
+    ("query", "message", "sql_timeout_s"),
     [
-        ("select nothing from requests", 'Referenced column "nothing" not found'),
-        ("delete from events", "Only queries can run here"),
-        ("select count(*) from range(1000000000000)", "longer than the limit of 1 s"),
+        ("select nothing from requests", 'Referenced column "nothing" not found', 10.0),
+        ("delete from events", "Only queries can run here", 10.0),
+        ("select count(*) from range(1000000000000)", "longer than the limit of 1 s", 1.0),
     ],
 )
 async def test_the_ledgers_refusal_is_the_commands_error(shell: Shell, query: str, message: str) -> None:

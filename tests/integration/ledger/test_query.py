@@ -37,7 +37,7 @@ async def make_queries(store: Store) -> AsyncIterator[Callable[..., Queries]]:
 
 @pytest.fixture
 def queries(make_queries: Callable[..., Queries]) -> Queries:
-    return make_queries(sql_timeout_s=0.3)
+    return make_queries(sql_timeout_s=10.0)
 
 
 async def values(queries: Queries, sql: str, *params: Any) -> list[list[Any]]:
@@ -101,7 +101,8 @@ async def test_the_second_wall_stands_without_the_first(
     assert await values(queries, "select count(*) from events") == [[4]]
 
 
-async def test_a_query_ends_at_its_limit_of_time(queries: Queries) -> None:
+async def test_a_query_ends_at_its_limit_of_time(make_queries: Callable[..., Queries]) -> None:
+    queries = make_queries(sql_timeout_s=0.3)
     watch = Stopwatch()
     with pytest.raises(SqlTimeout, match=r"limit of 0\.3 s"):
         await values(queries, ENDLESS)

@@ -142,11 +142,13 @@ async def test_errors_of_the_sql_have_the_databases_words(http: aiohttp.ClientSe
     assert (status, answer["error"]["code"]) == (400, "sql_refused")
 
 
+@pytest.mark.parametrize("sql_timeout_s", [1.0])
 async def test_a_query_over_the_time_limit_is_a_504(http: aiohttp.ClientSession) -> None:
     async with http.post("/v1/sql", json=ENDLESS) as response:
         assert await refusal(response) == (504, "sql_timeout")
 
 
+@pytest.mark.parametrize("sql_timeout_s", [2.0])
 async def test_one_query_too_many_is_a_429_with_retry_after(ledger: RunningLedger, http: aiohttp.ClientSession) -> None:
     running = [asyncio.create_task(ask(http, ENDLESS["sql"])) for _ in range(2)]
     await eventually(lambda: ledger.queries.running == 2)
