@@ -242,7 +242,7 @@ async def test_an_idle_engine_is_unloaded_and_the_first_job_loads_it(
     await desk.start()
     name = WorkerId("worker-idle")
     link = await connect(nats_server.url, name=name)
-    settings = route_of("--fake-start-s", "0.3", idle_unload_s=0.1)
+    settings = route_of("--fake-start-s", "0.3", idle_unload_s=1.0)
     provider = Vllm.from_route(settings, WorkerSettings())
     engine = provider.engine
     assert engine is not None

@@ -278,7 +278,7 @@ async def test_headers_that_never_end_are_a_408(open_gateway: OpenGateway, sent:
 
 
 async def test_headers_that_drip_are_a_408_however_often_something_comes(open_gateway: OpenGateway) -> None:
-    gateway = await open_gateway(ingress=IngressSettings(header_timeout_s=0.2))
+    gateway = await open_gateway(ingress=IngressSettings(header_timeout_s=0.6))
     async with Wire(gateway.base_url) as wire:
         wire.send(b"POST /v1/chat/completions HTTP/1.1\r\n")
         answer = asyncio.create_task(wire.answer())
@@ -293,7 +293,7 @@ async def test_headers_that_drip_are_a_408_however_often_something_comes(open_ga
 
 
 async def test_the_next_request_of_a_connection_has_a_header_time_of_its_own(open_gateway: OpenGateway) -> None:
-    gateway = await open_gateway(ingress=IngressSettings(header_timeout_s=0.2))
+    gateway = await open_gateway(ingress=IngressSettings(header_timeout_s=0.6))
     async with Wire(gateway.base_url) as wire:
         wire.ask(body())
         assert (await wire.answer())[0] == 200
@@ -452,7 +452,7 @@ async def test_a_backlog_that_is_full_is_a_429(
 async def test_a_job_that_nobody_takes_in_time_is_a_504(
     open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession, stream: bool
 ) -> None:
-    gateway = await open_gateway(slots=1, ingress=IngressSettings(timeouts=timeouts(queue_s=0.2)))
+    gateway = await open_gateway(slots=1, ingress=IngressSettings(timeouts=timeouts(queue_s=1.0)))
     mock.script(tokens=1000, pace_s=0.01)
     async with Lines(session, gateway.chat_url, body(stream=True)) as running:
         await running.next()
