@@ -9,6 +9,9 @@ is asked for and has not come is *asked*; a message takes one from it, and an ex
 that ended without a word would be missing from then on; so all are given up and asked anew now and then, and at once when
 nothing at all was heard for longer than a pull lives.
 
+A pull is work for the server, too. So credit that comes back bit by bit is not asked for bit by bit: only when as much waits
+to be asked for as is asked for. The server is never without a pull while there is credit.
+
 A pull outlives a connection: the server serves it again once its inbox is there. So after a reconnect the puller moves to a
 new inbox, and the old one is given up before anything is asked anew; what came to it until then still counts.
 """
@@ -101,7 +104,7 @@ class Puller:
 
     def grant(self, credit: int) -> None:
         self._credit += credit
-        self._wake.set()
+        self._wake_if_due()
 
     def renew(self) -> None:
         """Gives up the consumer and all pulls; the consumer is made again. For a reader that has to begin elsewhere."""
@@ -162,12 +165,20 @@ class Puller:
         if self._move:
             self._move = False
             await self._change_inbox()
-        if self._paused or self._credit <= self._asked or self._refused:
+        if self._paused or self._refused or not self._is_due():
             return
         if self._consumer is None:
             self._consumer = await self._ensure()
         if not self._move:  # else it was lost again meanwhile
             await self._ask()
+
+    def _is_due(self) -> bool:
+        """Whether it is time to ask for the credit that isn't asked for."""
+        return self._credit - self._asked >= max(1, self._asked)
+
+    def _wake_if_due(self) -> None:
+        if self._is_due():
+            self._wake.set()
 
     async def _change_inbox(self) -> None:
         """Moves to a new inbox. All pulls are given up, after what had already been sent for them was handed on."""
@@ -205,6 +216,7 @@ class Puller:
         if status is None:
             self._credit -= 1
             self._asked = max(0, self._asked - 1)
+            self._wake_if_due()
             await self._on_message(msg)
         elif not msg.subject.startswith(self._inbox):
             pass  # the last word on a pull that was given up
