@@ -80,7 +80,8 @@ class Reporter:
 
         Raises: ProviderNonsense if it is larger than can be carried.
         """
-        if len(chunk.members or b"") > self._outbox.frame_max_bytes - ENVELOPE_MAX_BYTES:
+        pieces = chunk.pieces
+        if pieces and max(map(len, pieces)) > self._outbox.frame_max_bytes - ENVELOPE_MAX_BYTES:
             raise ProviderNonsense("The provider sent more at once than can be carried.")
         if len(chunk.usage_raw or b"") > USAGE_MAX_BYTES:
             raise ProviderNonsense("The provider's usage is too long.")
@@ -88,8 +89,8 @@ class Reporter:
             self._usage_raw = chunk.usage_raw
         if wait_us:
             self._wait_us = wait_us
-        if chunk.members is not None:
-            self._chunks.append(Raw(chunk.members))
+        if pieces:
+            self._chunks += map(Raw, pieces)
             self._tokens += chunk.tokens
             self.tokens += chunk.tokens
             self._token_ids += chunk.token_ids

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from workers.providers.base import Chunk
 
+_ROLE = b'"role"'
 _NOTHING = (b"null", b'""', b"[]", b"{}")
 
 _members = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -19,15 +20,19 @@ _encode = msgspec.json.encode
 
 
 async def seamless(chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
-    """*chunks* without the role that opens an answer; a chunk that says nothing else is left out."""
+    """*chunks* without the role that opens an answer; a piece that says nothing else is left out."""
     async with aclosing(chunks):
         async for chunk in chunks:
-            if chunk.members is None or b'"role"' not in chunk.members:
+            if not any(_ROLE in piece for piece in chunk.pieces):
                 yield chunk
-            elif (members := _without_role(chunk.members)) is not None:
-                yield replace(chunk, members=members)
-            elif chunk.usage is not None:
-                yield replace(chunk, members=None)
+                continue
+            left = [said for piece in chunk.pieces if (said := _seamless(piece)) is not None]
+            if left or chunk.usage is not None:
+                yield replace(chunk, members=left[0] if left else None, more=tuple(left[1:]))
+
+
+def _seamless(members: bytes) -> bytes | None:
+    return members if _ROLE not in members else _without_role(members)
 
 
 def _without_role(members: bytes) -> bytes | None:

@@ -123,7 +123,7 @@ async def test_every_token_has_its_id_and_the_prompts_come_once(vllm: Vllm, body
     assert usage is not None
     prompts = [chunk.prompt_token_ids for chunk in heard.chunks if chunk.prompt_token_ids]
     ids = [i for chunk in heard.chunks for i in chunk.token_ids]
-    assert not any(b"token_ids" in (chunk.members or b"") for chunk in heard.chunks)
+    assert not any(b"token_ids" in piece for piece in heard.pieces)
     if "n" in body:
         assert not prompts
         assert not ids

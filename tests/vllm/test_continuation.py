@@ -70,7 +70,7 @@ class Told:
     def add(self, chunk: Chunk) -> None:
         self.tokens += chunk.tokens
         self.ids += chunk.token_ids
-        for choice in [] if chunk.members is None else json.loads(chunk.members)["choices"]:
+        for choice in [choice for piece in chunk.pieces for choice in json.loads(piece)["choices"]]:
             assert self.finish is None, "something behind the end"
             self.text += choice["delta"].get("content") or ""
             self.reasoning += choice["delta"].get("reasoning") or ""
@@ -121,7 +121,7 @@ def delivered_of(body: dict[str, Any], chunks: list[Chunk]) -> Delivered:
     raw = json.dumps(body).encode()
     delivered = Delivered(decode_request(raw), raw)
     for seq, chunk in enumerate(chunks):
-        members = () if chunk.members is None else (Raw(chunk.members),)
+        members = tuple(map(Raw, chunk.pieces))
         ids, prompt = chunk.token_ids, chunk.prompt_token_ids
         frame = Delta(
             request_id=RequestId("r"),

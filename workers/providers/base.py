@@ -6,7 +6,7 @@ closing the iterator) must stop the work down to the provider's connection.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct
@@ -22,6 +22,7 @@ class Chunk(Struct, frozen=True, gc=False):
     *members* is a raw JSON object as schemas/frames.py describes it (``choices`` and the provider's further members,
     without ``id``, ``object``, ``created``, ``model`` and ``usage``), or None when the piece only brings usage.
     *tokens* are the completion tokens in it: exact where the provider tells, else estimated.
+    *more* are the members of further pieces that came together with it, in their order.
     *usage* is the provider's latest figure, with *usage_raw* the same as it wrote it.
     """
 
@@ -34,6 +35,45 @@ class Chunk(Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...] = ()  # of the only choice, where the engine gives them
     prompt_token_ids: tuple[int, ...] = ()  # once, on the first chunk
     tries: int = 1  # how often the provider was asked until this came
+    more: tuple[bytes, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[bytes, ...]:
+        """The members of all of it."""
+        return () if self.members is None else (self.members, *self.more)
+
+
+def joined(chunks: Sequence[Chunk]) -> Chunk | None:
+    """*chunks* that came together, as one: whoever they pass is asked once for all of them. None if there are none."""
+    if len(chunks) < 2:
+        return chunks[0] if chunks else None
+    pieces: list[bytes] = []
+    token_ids: list[int] = []
+    tokens = 0
+    finish_reason = usage = usage_raw = upstream_id = None
+    prompt_token_ids: tuple[int, ...] = ()
+    for chunk in chunks:
+        if chunk.members is not None:
+            pieces += chunk.pieces
+        tokens += chunk.tokens
+        token_ids += chunk.token_ids
+        finish_reason = chunk.finish_reason or finish_reason
+        upstream_id = chunk.upstream_id or upstream_id
+        prompt_token_ids = prompt_token_ids or chunk.prompt_token_ids
+        if chunk.usage is not None:
+            usage, usage_raw = chunk.usage, chunk.usage_raw
+    return Chunk(
+        members=pieces[0] if pieces else None,
+        tokens=tokens,
+        finish_reason=finish_reason,
+        usage=usage,
+        usage_raw=usage_raw,
+        upstream_id=upstream_id,
+        token_ids=tuple(token_ids),
+        prompt_token_ids=prompt_token_ids,
+        tries=chunks[-1].tries,
+        more=tuple(pieces[1:]),
+    )
 
 
 Tell = Callable[[str | None], None]  # why the provider can't serve at the moment; None: it can

@@ -87,7 +87,7 @@ class Habits:
             or (said.reasoning is not NULL and said.reasoning_content is NULL)
         )
 
-    def mended(self, choices: Raw, *, streamed: bool) -> Raw:
+    def mended(self, choices: bytes | Raw, *, streamed: bool) -> bytes | Raw:
         """The same choices without the habits, byte for byte the same where they have none.
 
         Raises: msgspec.DecodeError if they aren't a list of objects.

@@ -154,17 +154,13 @@ class OpenAI(Provider):
                     if tokens:  # the first one waits for nothing
                         await self._turns.next()
                     data = await answer.read(patience)
-                    at_end, came = not data, False
-                    for name, payload in events.feed(data) if data else events.end():
-                        chunk = reader.event(name, payload)
-                        if reader.done:
-                            break
-                        if chunk is not None:
-                            came = True
-                            tokens += chunk.tokens
-                            yield chunk
-                    if came:  # and only now: how long our caller took is not the provider's fault
-                        patience.renew()
+                    at_end = not data
+                    chunk = reader.events(events.feed(data) if data else events.end())
+                    if chunk is not None:
+                        tokens += chunk.tokens
+                        yield chunk
+                        patience.renew()  # and only now: how long our caller took is not the provider's fault
+                    reader.check_well()
             reader.check_complete()
         except BaseException:
             answer.close()

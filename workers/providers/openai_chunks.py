@@ -6,21 +6,27 @@ what has to be known is looked into: usage, finish reasons, and how much text th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import msgspec
 from msgspec import Raw, Struct
 
-from schemas.errors import ProviderFailed, ProviderNonsense
+from schemas.errors import Fault, ProviderFailed, ProviderNonsense
 from schemas.money import Usage
-from workers.providers.base import Chunk
+from workers.providers.base import Chunk, joined
 from workers.providers.habits import NULL, Habits
 from workers.providers.openai_faults import complaint_of, refusal_inside
+from workers.providers.sse import Event
 from workers.providers.tokens import estimate
 
 TOKENS_MAX = 10**12  # a count beyond this is a mistake of the provider's
+LOOKS_AROUND_MAX = 3  # in one answer, for what its events repeat
 DONE = b"[DONE]"
 
 _NULL = NULL  # itself: what isn't there is told by identity
 _QUOTES_BYTES = 2
+_HEAD = b'{"choices":'
 _OURS = ("object", "created", "model", "obfuscation")  # the ingress pads by itself
 _OF_NO_INTEREST = frozenset({"system_fingerprint", "service_tier"})  # when they come alone
 GIVEN_UP = frozenset({"abort", "error"})  # how vLLM and SGLang end a generation that went wrong
@@ -86,6 +92,18 @@ _encode = msgspec.json.encode
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
+class Around(NamedTuple):
+    """What the events of an answer repeat: the bytes before and behind their choices.
+
+    Where they stand around another list, that is the event's choices, and all its other members are those of the event that
+    this was taken from: *behind* is what goes on of them, as JSON.
+    """
+
+    head: bytes
+    tail: bytes
+    behind: bytes
+
+
 class ChunkReader:
     """Reads the answer to one request, in order: each event of a stream, or the one body."""
 
@@ -97,6 +115,31 @@ class ChunkReader:
         self._begun = False
         self._id_raw: Raw | None = None
         self._id: str | None = None
+        self._fault: Fault | None = None
+        self._around: Around | None = None
+        self._looks_left = LOOKS_AROUND_MAX
+
+    def events(self, events: Iterable[Event]) -> Chunk | None:
+        """The chunks in *events*, which came together, as one; None if there is nothing in them for anybody.
+
+        Ends where a fault does; `check_well` raises that.
+        """
+        chunks: list[Chunk] = []
+        try:
+            for name, data in events:
+                chunk = self.event(name, data)
+                if chunk is not None:
+                    chunks.append(chunk)
+                elif self.done:
+                    break
+        except Fault as fault:
+            self._fault = fault
+        return joined(chunks)
+
+    def check_well(self) -> None:
+        """Raises: the fault that the last `events` ended in."""
+        if self._fault is not None:
+            raise self._fault
 
     def event(self, name: bytes, data: bytes) -> Chunk | None:
         """The chunk in one event of a stream; None if there is nothing in it for anybody.
@@ -106,6 +149,12 @@ class ChunkReader:
         if data == DONE:
             self.done = True
             return None
+        if self._around is not None and not name:
+            head, tail, _ = self._around
+            if data.startswith(head) and data.endswith(tail):
+                chunk = self._again(data[len(head) : len(data) - len(tail)], self._around)
+                if chunk is not None:
+                    return chunk
         members = _object(data)
         if name == b"error":
             raise _fault(data)
@@ -139,14 +188,49 @@ class ChunkReader:
     def _chunk(self, members: dict[str, Raw], data: bytes, *, streamed: bool) -> Chunk | None:
         if "error" in members and bytes(members.pop("error")) != b"null":
             raise _fault(data)
-        raw_choices = members.pop("choices", None)
-        if raw_choices is None:
+        stated = members.pop("choices", None)
+        if stated is None:
             raise _without_choices(members, data)
-        raw_choices, choices = self._mended(raw_choices, _read_choices(raw_choices), streamed=streamed)
+        raw_choices, choices = self._mended(stated, _read_choices(stated), streamed=streamed)
         upstream_id = self._upstream_id(members.pop("id", None))
         for name in _OURS:
             members.pop(name, None)
         usage, usage_raw = _read_usage(members.pop("usage", None))
+        tokens, finish_reason = self._look(choices, streamed=streamed)
+        if (
+            not choices and usage is not None
+        ):  # the report that we asked for: what else is in it has no place in the answer
+            return Chunk(members=None, usage=usage, usage_raw=usage_raw, upstream_id=upstream_id)
+        if not choices and _OF_NO_INTEREST.issuperset(members):
+            return None
+        behind = b"," + _encode(members)[1:] if members else b"}"
+        if streamed and usage is None and self._looks_left:
+            self._looks_left -= 1
+            self._around = _around(data, bytes(stated), behind)
+        return Chunk(
+            members=_HEAD + raw_choices + behind,
+            tokens=tokens if streamed or usage is None else usage.completion_tokens,
+            finish_reason=finish_reason,
+            usage=usage,
+            usage_raw=usage_raw,
+            upstream_id=upstream_id,
+        )
+
+    def _again(self, raw: bytes, around: Around) -> Chunk | None:
+        """The chunk of an event with the choices *raw* in what is known; None if they need another look."""
+        try:
+            str(raw, "utf-8")
+            choices = _choices(raw)
+        except _NOT_JSON:
+            return None
+        if not choices:
+            return None
+        mended, choices = self._mended(raw, choices, streamed=True)
+        tokens, finish_reason = self._look(choices, streamed=True)
+        return Chunk(_HEAD + mended + around.behind, tokens, finish_reason, upstream_id=self._id)
+
+    def _look(self, choices: list[_Choice], *, streamed: bool) -> tuple[int, str | None]:
+        """About how many tokens *choices* bring, and the finish reason of the one with index 0. Raises: Fault."""
         finish_reason, tokens = None, 0
         for choice in choices:
             said = choice.delta if streamed else choice.message
@@ -167,23 +251,9 @@ class ChunkReader:
             self._finished = True
             if choice.index == 0:
                 finish_reason = reason
-        if (
-            not choices and usage is not None
-        ):  # the report that we asked for: what else is in it has no place in the answer
-            return Chunk(members=None, usage=usage, usage_raw=usage_raw, upstream_id=upstream_id)
-        if not choices and _OF_NO_INTEREST.issuperset(members):
-            return None
-        head = b'{"choices":' + raw_choices
-        return Chunk(
-            members=head + b"," + _encode(members)[1:] if members else head + b"}",
-            tokens=tokens if streamed or usage is None else usage.completion_tokens,
-            finish_reason=finish_reason,
-            usage=usage,
-            usage_raw=usage_raw,
-            upstream_id=upstream_id,
-        )
+        return tokens, finish_reason
 
-    def _mended(self, raw: Raw, choices: list[_Choice], *, streamed: bool) -> tuple[Raw, list[_Choice]]:
+    def _mended(self, raw: bytes | Raw, choices: list[_Choice], *, streamed: bool) -> tuple[bytes | Raw, list[_Choice]]:
         """The same without the habits of servers that are almost compatible; hardly any chunk shows one."""
         for choice in choices:
             if self.habits.show(choice.delta if streamed else choice.message, choice.finish_reason):
@@ -202,6 +272,14 @@ class ChunkReader:
             except msgspec.MsgspecError:
                 self._id = None
         return self._id
+
+
+def _around(data: bytes, choices: bytes, behind: bytes) -> Around | None:
+    """What stands around the *choices* in *data*; None if that can't be told, because their bytes occur more than once."""
+    if data.count(choices) != 1:
+        return None
+    head, _, tail = data.partition(choices)
+    return Around(head, tail, behind)
 
 
 def _object(data: bytes) -> dict[str, Raw]:
@@ -223,7 +301,7 @@ def _without_choices(members: dict[str, Raw], data: bytes) -> Exception:
     return ProviderNonsense("The provider answered without choices.")
 
 
-def _read_choices(raw: Raw) -> list[_Choice]:
+def _read_choices(raw: bytes | Raw) -> list[_Choice]:
     try:
         return _choices(raw)
     except _NOT_JSON as error:

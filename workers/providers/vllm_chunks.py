@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from schemas.errors import ProviderNonsense
 from workers.providers.base import Chunk
-from workers.providers.openai_chunks import ChunkReader
+from workers.providers.openai_chunks import Around, ChunkReader
 
 _IDS = b'token_ids"'  # of the choices, and of the prompt
 _LAST_IDS = re.compile(rb',"token_ids":(\[[\d,]*\])\}\]$')  # of the last choice: a text can't have bare quotes
@@ -64,6 +64,9 @@ class VllmChunkReader(ChunkReader):
             if len(counted) == 1:
                 changes["token_ids"] = counted[0]
         return replace(chunk, **changes) if changes else chunk
+
+    def _again(self, raw: bytes, around: Around) -> Chunk | None:
+        return None if _IDS in raw else super()._again(raw, around)
 
     def _is_one_choice(self) -> bool:
         """In a stream, each choice of several comes in chunks of its own: only the request tells."""

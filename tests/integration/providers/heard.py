@@ -34,6 +34,10 @@ class Heard:
         return self.voices[0].text
 
     @property
+    def pieces(self) -> list[bytes]:
+        return [piece for chunk in self.chunks for piece in chunk.pieces]
+
+    @property
     def usages(self) -> list[Chunk]:
         return [chunk for chunk in self.chunks if chunk.usage is not None]
 
@@ -46,7 +50,7 @@ async def hear(provider: Provider, job: Job) -> Heard:
     heard = Heard([], {})
     async for chunk in provider.generate(job):
         heard.chunks.append(chunk)
-        for choice in [] if chunk.members is None else json.loads(chunk.members)["choices"]:
+        for choice in [choice for piece in chunk.pieces for choice in json.loads(piece)["choices"]]:
             _take(heard.voices.setdefault(choice["index"], Voice()), choice, streamed=job.stream)
     return heard
 

@@ -63,11 +63,10 @@ async def test_chunks_are_objects_with_choices_and_without_what_is_the_ingresss(
     setup: SetUp, body: dict[str, Any], stream: bool
 ) -> None:
     heard = await hear(setup.provider, make_job({**body, "stream": stream}))
-    for chunk in heard.chunks:
-        if chunk.members is not None:
-            members = json.loads(chunk.members)
-            assert isinstance(members["choices"], list)
-            assert not OURS & members.keys()
+    for piece in heard.pieces:
+        members = json.loads(piece)
+        assert isinstance(members["choices"], list)
+        assert not OURS & members.keys()
 
 
 async def test_stream_opens_with_the_role_and_each_choice_finishes_once(setup: SetUp, body: dict[str, Any]) -> None:
@@ -83,7 +82,7 @@ async def test_stream_ends_with_its_usage(setup: SetUp, body: dict[str, Any]) ->
     heard = await hear(setup.provider, make_job({**body, "stream": True}))
     (last,) = heard.usages
     assert last is heard.chunks[-1]
-    assert last.members is None
+    assert all(json.loads(piece)["choices"] for piece in last.pieces)  # the report itself is no piece of the answer
     raw = json.loads(last.usage_raw or b"")
     assert last.usage is not None
     assert (raw["prompt_tokens"], raw["completion_tokens"]) == (last.usage.prompt_tokens, last.usage.completion_tokens)

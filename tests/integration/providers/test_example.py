@@ -65,7 +65,7 @@ async def test_it_answers(server: tuple[LinesServer, Lines], stream: bool) -> No
     assert heard.text == "w0 w1"
     assert heard.voices[0].finish == ["stop"]
     assert heard.usages[-1].usage == Usage(prompt_tokens=7, completion_tokens=2)
-    assert sum(chunk.members is not None for chunk in heard.chunks) == (3 if stream else 1)
+    assert len(heard.pieces) == (3 if stream else 1)
 
 
 async def test_an_error_is_a_fault(server: tuple[LinesServer, Lines]) -> None:

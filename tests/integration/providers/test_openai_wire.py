@@ -62,7 +62,7 @@ async def test_a_stream_is_understood_however_it_is_written(provider: Provider, 
     assert heard.voices[0].finish == ["stop"]
     assert heard.usages[-1].usage is not None
     if "extra" in script:
-        assert json.loads(heard.chunks[0].members or b"")["x_new"] == {"a": 1}
+        assert json.loads(heard.pieces[0])["x_new"] == {"a": 1}
 
 
 async def test_a_stream_without_usage_has_none_and_is_counted(provider: Provider) -> None:
@@ -100,7 +100,7 @@ async def test_many_fast_streams_come_whole_and_in_fewer_pieces(provider: Provid
 
 async def test_reasoning_is_passed_on_and_counted(provider: Provider) -> None:
     heard = await hear(provider, make_job({"stream": True, "mock": {"tokens": 3, "reasoning": "hm well"}}))
-    said = b"".join(chunk.members or b"" for chunk in heard.chunks)
+    said = b"".join(heard.pieces)
     assert said.count(b"reasoning_content") == 2
     assert heard.tokens == 5
     assert heard.usages[0].usage is not None

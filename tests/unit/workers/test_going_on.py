@@ -14,7 +14,7 @@ from schemas.jobs import Continuation, Continues, Job
 from schemas.providers import known_providers
 from schemas.settings import ModelSettings, RouteSettings, WorkerSettings
 from tests.factories import make_job
-from workers.providers.base import Chunk
+from workers.providers.base import Chunk, joined
 from workers.providers.echo import Echo
 from workers.providers.known import Known
 from workers.providers.prefill import MARKS, prefilled, read_request
@@ -136,6 +136,14 @@ async def test_the_role_is_not_said_again() -> None:
     told = [json.loads(chunk.members or b"") async for chunk in seamless(chunks(opening, both, plain))]
     assert [each["choices"][0]["delta"] for each in told] == [{"content": "a"}, {"content": 'b "role"'}]
     assert told[-1]["choices"][0]["finish_reason"] == "stop"
+    together = joined([chunk async for chunk in chunks(opening, both, plain)])
+    (one,) = [chunk async for chunk in seamless(_just(together))]
+    assert [json.loads(piece) for piece in one.pieces] == told
+
+
+async def _just(chunk: Chunk | None) -> AsyncGenerator[Chunk, None]:
+    assert chunk is not None
+    yield chunk
 
 
 async def heard(before: Continuation | None, text: str = "one two three four") -> list[Chunk]:

@@ -51,6 +51,51 @@ def test_chunk_keeps_the_choices_and_unknown_members_byte_for_byte() -> None:
     assert chunk.upstream_id == "x"
 
 
+def test_what_events_repeat_around_their_choices_is_theirs() -> None:
+    """After the first event, one with the same bytes before and behind its choices is not read as a whole."""
+    said = [{"content": "one"}, {"content": "two é", "tool_calls": []}, {"role": "assistant"}, {"content": "one"}]
+    every = read(*(event(choice(delta), fingerprint={"a": 1}, usage=None) for delta in said))
+    alone = [read(event(choice(delta), fingerprint={"a": 1}, usage=None))[0] for delta in said]
+    assert every == alone
+
+
+def test_an_event_with_something_else_around_its_choices_is_read_by_itself() -> None:
+    same = event(choice({"content": "x"}), usage=None)
+    other = event(choice({"content": "x"}), usage=None, new="n")
+    reported = event(usage={"prompt_tokens": 3, "completion_tokens": 2})
+    nested = event(choice({"content": "x"}), usage=None, inner={"choices": [choice({"content": "x"})]})
+    for last in (other, nested, reported, same):
+        assert read(same, same, last)[-1] == read(last)[0]
+
+
+@pytest.mark.parametrize(
+    "raw", [b'[{"delta":{}}', b'[{"delta":{}}],"x":[1]', b"null", b"7", b'[{"delta":"\xff"}]', b"", b" "]
+)
+def test_choices_that_are_none_are_refused_also_amid_what_repeats(raw: bytes) -> None:
+    """Unless they are no list alone, as where a member more stands behind them: then the event is read as a whole."""
+    head, _, tail = event(choice({"content": "x"})).partition(json.dumps([choice({"content": "x"})]).encode())
+    reader = ChunkReader()
+    reader.event(b"", event(choice({"content": "x"})))
+    try:
+        expected = read(head + raw + tail)
+    except ProviderNonsense:
+        with pytest.raises(ProviderNonsense):
+            reader.event(b"", head + raw + tail)
+    else:
+        assert [reader.event(b"", head + raw + tail)] == expected
+
+
+def test_events_that_came_together_are_one_chunk_up_to_a_fault() -> None:
+    reader = ChunkReader()
+    told = [event(choice({"content": word})) for word in ("a", "b")]
+    chunk = reader.events([(b"", data) for data in (*told, b'{"error":{"message":"no"}}', *told)])
+    assert chunk is not None
+    assert chunk.pieces == tuple(piece for one in read(*told) for piece in one.pieces)
+    assert chunk.tokens == 2
+    with pytest.raises(Fault):
+        reader.check_well()
+
+
 def test_chunk_with_choices_alone_has_nothing_else() -> None:
     (chunk,) = read(b'{"choices":[{"index":0,"delta":{}}],"id":"x"}')
     assert chunk.members == b'{"choices":[{"index":0,"delta":{}}]}'
