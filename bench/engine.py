@@ -17,6 +17,7 @@ import psutil
 from bench.peers import Peer, StartError, answers, free_port
 from tests.vllm.engine import ENVIRONMENT, HERE, ON_CPU_ONLY, tiny_model_folder
 from tests.vllm.guarded import guarded
+from workers.providers.vllm_cores import FEW_CORES, ONE_PROCESS, cores_without_gpu, on_few_cores
 
 MODEL = "bench-vllm"
 SEQUENCES = 256
@@ -43,8 +44,8 @@ ON_GPU = ("--load-format", "dummy")
 
 
 @contextlib.contextmanager
-def engine(home: Path, *, gpu: bool, one_process: bool = False) -> Iterator[Peer]:
-    """The engine as a user would start it, on a port; with *one_process* without processes besides its front end.
+def engine(home: Path, *, gpu: bool, spinning: bool = False) -> Iterator[Peer]:
+    """The engine as Penstock starts it by itself, on a port; with *spinning*, on a CPU, as vLLM alone would.
 
     Raises: StartError.
     """
@@ -54,7 +55,7 @@ def engine(home: Path, *, gpu: bool, one_process: bool = False) -> Iterator[Peer
     command = [sys.executable, str(HERE / "vllm_cli.py"), "serve", str(folder), "--host", "127.0.0.1"]
     command += ["--port", str(port), *COMMON, *(ON_GPU if gpu else ON_CPU)]
     with guarded(
-        command, env=environment(gpu=gpu, one_process=one_process), log_path=log, stop_within_s=STOP_TIMEOUT_S
+        command, env=environment(gpu=gpu, spinning=spinning), log_path=log, stop_within_s=STOP_TIMEOUT_S
     ) as process:
         base_url = f"http://127.0.0.1:{port}/v1"
         try:
@@ -64,11 +65,16 @@ def engine(home: Path, *, gpu: bool, one_process: bool = False) -> Iterator[Peer
         yield Peer(name="direct", base_url=base_url, api_key="none", pids=lambda: roles(process.pid), log=log)
 
 
-def environment(*, gpu: bool, one_process: bool) -> dict[str, str]:
-    """On a CPU with one thread: a second gains so small a model nothing, and waits on cores that others need."""
-    left_out = set(ON_CPU_ONLY) if gpu else {"VLLM_ENABLE_V1_MULTIPROCESSING"}
-    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_process else {}
-    return {**os.environ, **{name: value for name, value in ENVIRONMENT.items() if name not in left_out}, **alone}
+def environment(*, gpu: bool, spinning: bool) -> dict[str, str]:
+    """For both entrants the same engine."""
+    plain = {**os.environ, **{name: value for name, value in ENVIRONMENT.items() if name not in ON_CPU_ONLY}}
+    return plain if gpu else plain | on_cpu(spinning=spinning)
+
+
+def on_cpu(*, spinning: bool) -> dict[str, str]:
+    """What the engine is told on the CPU of this machine; with *spinning* but to have one thread and not to pin it."""
+    alone = {name: value for name, value in ON_CPU_ONLY.items() if name != ONE_PROCESS}
+    return alone if spinning else on_few_cores(cores_without_gpu() or FEW_CORES, {})
 
 
 def large_model(home: Path) -> Path:

@@ -1,6 +1,7 @@
 """What Penstock costs before a real vLLM: the same `vllm serve`, called directly and through Penstock, interleaved in one run.
 
-One stream tells what is added to the time to the first token; many at once tell which share of the tokens a second is left.
+One stream tells what is added to the time to the first token, the entrants being asked by turns, request by request; many at once
+tell which share of the tokens a second is left.
 On a CPU with the tests' tiny model, which leaves Penstock nothing to hide behind; with --gpu, a model of eight thousand million
 parameters without weights. A round is a fixed number of streams of a fixed length, so that both entrants do the same work.
 """
@@ -21,8 +22,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from bench import machine, peers, report
-from bench.engine import MODEL, engine
-from bench.load import KEY_VARIABLE, Window
+from bench.engine import MODEL, engine, on_cpu
+from bench.first import KEYS_VARIABLE
+from bench.load import KEY_VARIABLE, Window, percentile
 from bench.measure import WINDOW_LIMIT_S, WindowError, children_cpu_s
 from bench.peers import ROOT, Peer, StartError
 from bench.report import number, table
@@ -61,10 +63,22 @@ class Round(msgspec.Struct, kw_only=True):
         return self.window.completed * self.load.tokens / self.window.seconds
 
 
+class Firsts(msgspec.Struct, kw_only=True):
+    """Milliseconds to the first token, in one round, by request; of the direct call and of Penstock in turn."""
+
+    direct: list[float]
+    penstock: list[float]
+
+    @property
+    def added_ms(self) -> float:
+        return statistics.median(self.penstock) - statistics.median(self.direct)
+
+
 class Result(msgspec.Struct, kw_only=True):
     one: Load
     many: Load
     rounds: list[Round]
+    firsts: list[Firsts]
     machine: list[tuple[str, str]]
     complaints: list[str]
     gpu: bool
@@ -80,18 +94,12 @@ class Result(msgspec.Struct, kw_only=True):
     @property
     def added_ms(self) -> list[float]:
         """To the median time to the first token, one stream at a time, round by round."""
-        ours, direct = (self.of(peer, self.one, lambda r: r.window.first_p50_ms) for peer in ("penstock", "direct"))
-        return [a - b for a, b in zip(ours, direct, strict=True)]
-
-    @property
-    def direct_ms(self) -> list[float]:
-        """The median time to the first token without Penstock, round by round."""
-        return self.of("direct", self.one, lambda r: r.window.first_p50_ms)
+        return [each.added_ms for each in self.firsts]
 
     @property
     def steady(self) -> bool:
-        """Whether the engine itself was even enough for what is added to be seen."""
-        return max(self.direct_ms) - min(self.direct_ms) <= ADDED_MS_MAX
+        """Whether the rounds say the same of what is added."""
+        return max(self.added_ms) - min(self.added_ms) <= ADDED_MS_MAX
 
     @property
     def share(self) -> float:
@@ -103,7 +111,7 @@ class Result(msgspec.Struct, kw_only=True):
         return self.steady and added_ms <= ADDED_MS_MAX and self.share >= SHARE_MIN[self.gpu]
 
 
-def measure(*, rounds: int, one: Load, many: Load, gpu: bool, one_process: bool) -> Result:
+def measure(*, rounds: int, one: Load, many: Load, gpu: bool, spinning: bool) -> Result:
     """Raises: StartError, WindowError."""
     cache = ROOT / ".cache"
     cache.mkdir(exist_ok=True)
@@ -111,7 +119,7 @@ def measure(*, rounds: int, one: Load, many: Load, gpu: bool, one_process: bool)
         folder = tempfile.TemporaryDirectory(prefix="bench-", dir=cache, ignore_cleanup_errors=True)
         home = Path(stack.enter_context(folder))
         console.print("starting vLLM")
-        direct = stack.enter_context(engine(home / "engine", gpu=gpu, one_process=one_process))
+        direct = stack.enter_context(engine(home / "engine", gpu=gpu, spinning=spinning))
         console.print("starting Penstock")
         ours = stack.enter_context(peers.penstock(direct.base_url, home / "penstock", provider="vllm", model=MODEL))
         entered = {"direct": direct, "penstock": ours}
@@ -119,22 +127,44 @@ def measure(*, rounds: int, one: Load, many: Load, gpu: bool, one_process: bool)
         for peer in entered.values():
             for load in (one, many):
                 drive(peer, Load(load.connections, load.connections, load.tokens))
-        done = [play(entered[name], load, meters) for name, load in schedule(rounds, one, many)]
+        done: list[Round] = []
+        firsts: list[Firsts] = []
+        for number_ in range(rounds):
+            firsts.append(first_tokens(entered, one))
+            done += [play(entered[name], load, meters) for name, load in schedule(number_, one, many)]
         told = [
             *machine.describe(home),
             *engine_versions(),
-            ("its processes", "one" if one_process else "its own choice"),
+            ("what it is told", "nothing" if gpu else told_of(on_cpu(spinning=spinning))),
         ]
         wrong = complaints(ours.log) if ours.log else []
-        return Result(one=one, many=many, rounds=done, machine=told, complaints=wrong, gpu=gpu)
+        return Result(one=one, many=many, rounds=done, firsts=firsts, machine=told, complaints=wrong, gpu=gpu)
 
 
-def schedule(rounds: int, *loads: Load) -> Iterator[tuple[str, Load]]:
-    """Both entrants in each round; who goes first changes each time."""
-    for number_ in range(rounds):
-        for load in loads:
-            for name in ENTRANTS if number_ % 2 == 0 else reversed(ENTRANTS):
-                yield name, load
+def schedule(round_: int, *loads: Load) -> Iterator[tuple[str, Load]]:
+    """Both entrants; who goes first changes with each round."""
+    for load in loads:
+        for name in ENTRANTS if round_ % 2 == 0 else reversed(ENTRANTS):
+            yield name, load
+
+
+def first_tokens(entered: dict[str, Peer], load: Load) -> Firsts:
+    """Raises: WindowError if a stream failed."""
+    command = [sys.executable, "-m", "bench.first", "--model", MODEL]
+    command += ["--requests", str(load.streams), "--tokens", str(load.tokens)]
+    for name in ENTRANTS:
+        command += ["--url", entered[name].base_url]
+    environment = dict(os.environ) | {KEYS_VARIABLE: ",".join(entered[name].api_key for name in ENTRANTS)}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, timeout=WINDOW_LIMIT_S, check=False
+        )
+        direct, penstock = msgspec.json.decode(done.stdout, type=tuple[list[float], list[float]])
+    except (subprocess.TimeoutExpired, msgspec.DecodeError) as error:
+        raise WindowError("the times to the first token were not to be had") from error
+    firsts = Firsts(direct=direct, penstock=penstock)
+    console.print(f"first token: {firsts.added_ms:+.2f} ms to {statistics.median(direct):.2f}")
+    return firsts
 
 
 def play(peer: Peer, load: Load, meters: list[Meter]) -> Round:
@@ -176,11 +206,16 @@ def engine_versions() -> list[tuple[str, str]]:
     return [("engine", ", ".join(f"{name} {version}" for name, version in found if version != "missing"))]
 
 
+def told_of(environment: dict[str, str]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in sorted(environment.items()))
+
+
 def markdown(result: Result) -> str:
     """The section of RESULTS.md."""
     place = "on a GPU, a model of 8B's shape without weights" if result.gpu else "on the CPU, the tests' tiny model"
     parts = [f"## Before a real vLLM, {place}\n", "The same engine called directly and through Penstock, in turn.\n"]
-    return "\n".join([*parts, targets_table(result), rates_table(result), cpu_table(result), conditions(result)])
+    tables = [targets_table(result), firsts_table(result), rates_table(result), cpu_table(result)]
+    return "\n".join([*parts, *tables, conditions(result)])
 
 
 def targets_table(result: Result) -> str:
@@ -189,7 +224,7 @@ def targets_table(result: Result) -> str:
     added_ms, share_left = statistics.median(added), statistics.median(share)
     rows = [
         [
-            "time to the first token, one stream: added to the median",
+            "time to the first token, one stream by turns: added to the median",
             f"**{added_ms:+.2f} ms**" if result.steady else "**not shown**",
             f"{min(added):+.2f} to {max(added):+.2f} ms",
             f"≤ +{ADDED_MS_MAX:g} ms",
@@ -208,8 +243,18 @@ def targets_table(result: Result) -> str:
 
 def added_verdict(result: Result, added_ms: float) -> str:
     if not result.steady:
-        return f"called directly it was itself {min(result.direct_ms):.1f} to {max(result.direct_ms):.1f} ms"
+        return "the rounds say too different things"
     return "met" if added_ms <= ADDED_MS_MAX else "**missed**"
+
+
+def firsts_table(result: Result) -> str:
+    """Of all rounds' requests, one stream at a time."""
+    rows = []
+    for peer in ENTRANTS:
+        took_ms = sorted(ms for each in result.firsts for ms in getattr(each, peer))
+        shares = [f"{percentile(took_ms, share):.2f}" for share in (0.1, 0.5, 0.9, 0.99)]
+        rows.append([peer, str(len(took_ms)), *shares])
+    return table(["entrant, by turns", "streams", "first token p10 ms", "p50 ms", "p90 ms", "p99 ms"], rows)
 
 
 def rates_table(result: Result) -> str:
@@ -251,7 +296,8 @@ def conditions(result: Result) -> str:
     doubt = " — **too much: the machine was not quiet**" if foreign > QUIET_SHARE else ""
     count = len(result.rounds) // (2 * len(ENTRANTS))
     lines.append(
-        f"- rounds: {count}, interleaved; {result.one.streams} streams a round one by one, {result.many.streams} at once"
+        f"- rounds: {count}; in each, one by one, {result.one.streams} streams by turns and as many in a row at each entrant, "
+        f"and {result.many.streams} streams at once"
     )
     lines.append(f"- other programs used at most {foreign:.0%} of the machine in any round{doubt}")
     lines.append(f"- lines of level warning or above in Penstock's log: {len(result.complaints)}")
@@ -267,11 +313,9 @@ def conditions(result: Result) -> str:
 @click.option("--streams", type=click.IntRange(1), default=96, show_default=True, help="In a round, many at once.")
 @click.option("--tokens", type=click.IntRange(1), default=256, show_default=True, help="Of each of these.")
 @click.option("--connections", type=click.IntRange(1, 256), default=32, show_default=True, help="How many at once.")
-@click.option("--alone", type=click.IntRange(1), default=150, show_default=True, help="Streams in a round, one by one.")
+@click.option("--alone", type=click.IntRange(1), default=100, show_default=True, help="Streams in a round, one by one.")
 @click.option("--gpu", is_flag=True, help="On a GPU, with a model of a real one's size.")
-@click.option(
-    "--one-process", is_flag=True, help="vLLM without an engine process, which spins on a core while it waits."
-)
+@click.option("--spinning", is_flag=True, help="On a CPU: vLLM as it is by itself, with processes that spin.")
 @click.option("--check", is_flag=True, help="Exit with 1 if a target is missed.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Default: bench/RESULTS.md.")
 def main(
@@ -282,14 +326,14 @@ def main(
     connections: int,
     alone: int,
     gpu: bool,
-    one_process: bool,
+    spinning: bool,
     check: bool,
     out: Path,
 ) -> None:
     signal.signal(signal.SIGTERM, end_on_sigterm)
     one, many = Load(1, alone, 16), Load(connections, streams, tokens)
     try:
-        result = measure(rounds=rounds, one=one, many=many, gpu=gpu, one_process=one_process)
+        result = measure(rounds=rounds, one=one, many=many, gpu=gpu, spinning=spinning)
     except (StartError, WindowError) as error:
         raise click.ClickException(str(error)) from error
     text = markdown(result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ from workers.engine.engine import Engine, EngineCommand, engine_files
 from workers.providers.base import Chunk, Tell
 from workers.providers.openai import address, first_key
 from workers.providers.vllm_client import VllmClient
+from workers.providers.vllm_cores import cores_without_gpu, on_few_cores
 from workers.providers.vllm_metrics import SEQUENCES_MAX
 from workers.providers.vllm_server import Health, VllmServer
 
@@ -295,10 +297,16 @@ def _serve_command(route: RouteSettings, served: str, files: tuple[Path, Path, P
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "VLLM_API_KEY": "",  # only we can reach its socket; a key of the environment would keep us out
+            **_for_this_machine(gpus),
             **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
             **route.vllm.environ,
         },
     )
+
+
+def _for_this_machine(gpus: list[str]) -> dict[str, str]:
+    cores = None if gpus else cores_without_gpu()
+    return {} if cores is None else on_few_cores(cores, os.environ)
 
 
 def sequences_max(route: RouteSettings) -> int:
