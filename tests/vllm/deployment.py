@@ -14,7 +14,16 @@ from typing import Any
 
 import psutil
 
-from tests.vllm.engine import ENVIRONMENT, HERE, MODEL, SERVE_OPTIONS, SLOTS, Engine, tiny_model_folder
+from tests.vllm.engine import (
+    ENVIRONMENT,
+    HERE,
+    MODEL,
+    ON_CPU_ONLY,
+    SERVE_OPTIONS,
+    SLOTS,
+    Engine,
+    tiny_model_folder,
+)
 from tests.vllm.guarded import GuardedProcess, guarded
 
 START_TIMEOUT_S = 60.0
@@ -115,7 +124,10 @@ def own_engine(*flags: str, environ: Mapping[str, str] | None = None, **members:
     options = own_flags()
     command = [sys.executable, str(HERE / "vllm_cli.py")]
     further = "".join(f"{name} = {json.dumps(value)}\n" for name, value in members.items())
-    variables = "".join(f"{name} = {json.dumps(value)}\n" for name, value in {**ENVIRONMENT, **(environ or {})}.items())
+    told = {
+        name: value for name, value in ENVIRONMENT.items() if name not in ON_CPU_ONLY
+    }  # the rest is the worker's own
+    variables = "".join(f"{name} = {json.dumps(value)}\n" for name, value in {**told, **(environ or {})}.items())
     return f"""\
 [[routes]]
 id = "own"

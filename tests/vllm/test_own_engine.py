@@ -16,6 +16,7 @@ from tests.vllm.deployment import Deployment, engine_processes, own_engine, pens
 from tests.vllm.engine import MODEL
 from tests.vllm.tiny_model import COUNT, HELLO
 from tests.waiting import eventually
+from workers.providers.vllm_cores import cores_without_gpu, on_few_cores
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -52,6 +53,16 @@ async def test_until_the_engine_is_ready_a_client_hears_why(own: Deployment, own
     await serving(own_client)
     completion = own_client.chat.completions.create(**ask(HELLO))
     assert completion.choices[0].message.content == HELLO.answer
+
+
+async def test_an_engine_on_few_cores_has_no_processes_that_spin(own: Deployment, own_client: OpenAI) -> None:
+    await serving(own_client)
+    cores = cores_without_gpu()
+    told = {} if cores is None else on_few_cores(cores, {})
+    processes = engine_processes(own)
+    assert processes
+    assert all(told.items() <= process.environ().items() for process in processes)
+    assert not (told and any("Worker" in " ".join(process.cmdline()) for process in processes))
 
 
 async def test_token_ids_are_counted_and_never_shown(own: Deployment, own_client: OpenAI) -> None:
