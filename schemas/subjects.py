@@ -41,6 +41,7 @@ EVERY_INGRESS = "again.all"
 TOKEN_MAX_CHARS = 200
 
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
+_PLAIN = re.compile(rf"[A-Za-z0-9_-]{{1,{TOKEN_MAX_CHARS}}}")
 _TOKEN = re.compile(r"(?:[A-Za-z0-9_-]|=[0-9a-f]{2})+")
 _ESCAPE = re.compile(rb"=([0-9a-f]{2})")
 
@@ -50,6 +51,8 @@ def token(text: str) -> str:
 
     Raises: ValueError if *text* is empty or its token would be longer than `TOKEN_MAX_CHARS`.
     """
+    if _PLAIN.fullmatch(text):  # as most names are; a request needs three
+        return text
     raw = text.encode()
     encoded = "".join(chr(b) if b in _SAFE else f"={b:02x}" for b in raw)
     if not 0 < len(encoded) <= TOKEN_MAX_CHARS:

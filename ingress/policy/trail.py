@@ -149,6 +149,8 @@ class Trail:
 
     def not_workers(self, leg: Leg) -> tuple[WorkerId, ...]:
         """Who shall not take an attempt at *leg*: those that failed, as long as there is somebody else."""
+        if not self.tries:
+            return ()
         failed = self._failed_at(leg)
         return tuple(sorted(failed)) if self._workers(leg) - failed else ()
 
