@@ -45,7 +45,7 @@ class Life(NamedTuple):
 
 def tell(request_id: RequestId, events: Sequence[Known | UnknownEvent]) -> Life:
     """The story of *events*, which are all of the request's; at least one."""
-    known = sorted((e for e in events if isinstance(e, Event)), key=_order)
+    known = _in_order([e for e in events if isinstance(e, Event)])
     unknown = [e for e in events if isinstance(e, UnknownEvent)]
     first_ns = known[0].ts_ns if known else 0
     moments = [
@@ -58,22 +58,23 @@ def tell(request_id: RequestId, events: Sequence[Known | UnknownEvent]) -> Life:
     return Life(request_id, _summary(known), moments)
 
 
-def _order(event: Event) -> tuple[int, int, int, int]:
-    """What comes first for people: by cause, and only then by time, for the witnesses' clocks may differ."""
-    match event:
-        case RequestAccepted():
-            place, within = 0, 0
-        case AttemptStarted():
-            place, within = 1, 0
-        case AttemptLost():
-            place, within = 1, 1
-        case StreamMigrated():
-            place, within = 1, 1
-        case AttemptFinished():
-            place, within = 1, 2
-        case _:
-            place, within = 2, 0
-    return place, event.epoch if place == 1 else 0, within, event.ts_ns
+def _in_order(events: Sequence[AnyEvent]) -> list[AnyEvent]:
+    """By time, but never before what caused it, for the witnesses' clocks may differ. At one time, by cause and then as logged."""
+    accepted_ns = max((e.ts_ns for e in events if isinstance(e, RequestAccepted)), default=0)
+    begun = {e.epoch: max(e.ts_ns, accepted_ns) for e in events if isinstance(e, AttemptStarted)}
+
+    def when(event: AnyEvent) -> tuple[int, int, int, int]:
+        match event:
+            case RequestAccepted():
+                return accepted_ns, 0, 0, 0
+            case AttemptStarted():
+                return begun[event.epoch], 1, event.epoch, 0
+            case AttemptLost() | StreamMigrated() | AttemptFinished():
+                return max(event.ts_ns, begun.get(event.epoch, accepted_ns)), 1, event.epoch, 1
+            case _:
+                return max(event.ts_ns, accepted_ns, *begun.values()), 2, 0, 0
+
+    return sorted(events, key=when)
 
 
 def words(event: AnyEvent) -> str:  # noqa: PLR0911 - one for each kind

@@ -58,11 +58,20 @@ def test_a_cause_comes_before_its_effect_whatever_the_clocks_say() -> None:
     assert kinds == ["request.accepted", "attempt.started", "attempt.finished", "request.finished"]
 
 
+def test_what_no_other_caused_is_told_by_its_time() -> None:
+    """The receipt is the worker's word: it may be written behind the ingress's last one, and is told behind it then."""
+    late = samples.receipt(ts_ns=samples.finished().ts_ns + 1_000_000)
+    life = tell(ID, [samples.accepted(), samples.started(), late, samples.finished()])
+    assert [moment.kind for moment in life.moments][2:] == ["request.finished", "attempt.finished"]
+    offsets = [moment.offset_ms for moment in life.moments]
+    assert offsets == sorted(offsets)
+
+
 def test_each_attempt_is_told_on_its_own() -> None:
     events = [
         samples.accepted(),
         samples.started(epoch=1),
-        samples.started(epoch=2, worker="worker-2"),
+        samples.started(epoch=2, worker="worker-2", ts_ns=samples.lost().ts_ns + 1),
         samples.receipt(epoch=2, worker="worker-2"),
         samples.lost(epoch=1),
         samples.finished(attempts=2, migrations=1),
