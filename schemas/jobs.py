@@ -123,9 +123,14 @@ class Announce(Struct, frozen=True, kw_only=True, tag_field="t", tag="announce")
 
 
 class Take(Struct, frozen=True, kw_only=True, tag_field="t", tag="take"):
-    """To a worker: go on with this answer, which another one began. It doesn't wait in the queue a second time."""
+    """To a worker: begin this job, which doesn't come by the queue: mostly it goes on with an answer that another one began.
+
+    Without a free slot the worker says so at once; or, with *wait_s*, nothing: others may have been asked as well, and the first
+    to begin has it. An answer that goes on is then begun when there is a slot within that time, before all jobs of the queue.
+    """
 
     job: Job
+    wait_s: float = 0.0
 
 
 Command = Cancel | Resend | Announce | Take
@@ -202,6 +207,7 @@ class Presence(Struct, frozen=True, kw_only=True):
     started_ns: int = 0  # UTC, when the process began
     version: str = ""
     listens: bool = False  # to `here.<worker>`, so that nobody's listening there tells that its connection is gone
+    waits: bool = False  # it knows `Take.wait_s`
 
 
 class IngressState(StrEnum):

@@ -25,7 +25,8 @@ Take = Callable[[Message, Puller], Awaitable[None]]
 class Intake:
     """*take* gets each job, and the puller that it came by.
 
-    It must tell what became of the job: `returned`, `refused` or `taken`; and `freed` when the slot is free again.
+    It must tell what became of the job: `returned`, `refused` or `taken`; and `freed` when the slot is free again. A slot may be
+    `lent` to a job that didn't come from here.
     """
 
     def __init__(
@@ -94,6 +95,12 @@ class Intake:
             return
         for puller in self._pullers.values():
             puller.grant(more)
+
+    def lent(self) -> None:
+        """A slot went to a job that came from elsewhere. What was asked for it may still come, and is `refused` then."""
+        if not self._pool:
+            for puller in self._pullers.values():
+                puller.grant(-1)
 
     def freed(self) -> None:
         """A slot is free again."""

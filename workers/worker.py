@@ -37,6 +37,7 @@ from schemas.jobs import (
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings, is_own
 from workers.attempt import Progress, run_attempt
 from workers.intake import Intake
+from workers.line import Line
 from workers.orphans import Orphans, Served
 from workers.providers.base import Provider
 from workers.reporter import KEPT_FOR_S, ORPHAN_KEPT_FOR_S, KeptReports, Outbox, Reporter
@@ -154,6 +155,7 @@ class Worker:
         self._running: dict[Nonce, Running] = {}
         self._kept = KeptReports(asyncio.get_running_loop())
         self._outbox = Outbox(connection)
+        self._line = Line(time.monotonic)
         self._beat: asyncio.Task[None] | None = None
         self._forget: Forget | None = None
         self._telling: set[asyncio.Task[None]] = set()
@@ -231,6 +233,7 @@ class Worker:
             started_ns=self._started_ns,
             version=self._version,
             listens=True,
+            waits=True,
         )
         try:
             await self._connection.say(subjects.presence(self.id), codec.encode(presence))
@@ -276,6 +279,7 @@ class Worker:
             log.info("route_down", route=route.id, reason=reason)
         route.down = reason
         self._changed(route)
+        self._admit_line(route)
 
     def _hold(self, route: Route, reason: str | None) -> None:
         """The route's jobs are to wait in the queue, for *reason*, where another worker may take them; or needn't any more."""
@@ -330,18 +334,35 @@ class Worker:
         self._begin(route, job)
         self._outbox.put(msg.reply, ACK)
 
-    def _take(self, job: Job) -> None:
-        """Goes on with an answer that another worker began, or says at once that it can't: the ingress knows others."""
+    def _take(self, job: Job, *, wait_s: float) -> None:
+        """Begins a job that comes from its ingress directly, now or when there is a slot, or says at once that it can't."""
         if job.nonce in self._running or self._kept.get(job.nonce) is not None:
-            return  # said twice
+            return  # said twice, or the queue was faster
         route = self._routes.get(job.route)
-        if self._state is WorkerState.SERVING and route is not None and route.free > 0 and route.down is None:
-            route.take_slot()
-            self._begin(route, job)
-            return
-        report = self._reporter(job)
-        report.ended(HandedBack(reason="no_free_slot"))
-        self._kept.add(report)
+        if route is not None and self._has_room(route) and _may_have(self.id, job, route):
+            self._begin_unasked(route, job)
+        elif wait_s > 0:
+            if job.continuation is not None:  # one that has not begun has its place in the queue
+                self._line.join(job, for_s=wait_s)
+        else:
+            report = self._reporter(job)
+            report.ended(HandedBack(reason="no_free_slot"))
+            self._kept.add(report)
+
+    def _has_room(self, route: Route) -> bool:
+        return self._state is WorkerState.SERVING and route.free > 0 and route.down is None
+
+    def _begin_unasked(self, route: Route, job: Job) -> None:
+        """Begins a job that the queue's pullers did not ask for: it takes a slot that they had asked for."""
+        route.take_slot()
+        if route.intake is not None:
+            route.intake.lent()
+        self._begin(route, job)
+
+    def _admit_line(self, route: Route) -> None:
+        """Whoever waits at this worker gets the slots that are free."""
+        while self._has_room(route) and (job := self._line.take(route.id)) is not None:
+            self._begin_unasked(route, job)
 
     def _begin(self, route: Route, job: Job) -> None:
         """Says Started and runs the attempt; its slot is taken."""
@@ -368,7 +389,11 @@ class Worker:
         orphan = self._running.pop(nonce).progress.stop == Cancelled(reason=INGRESS_LOST)
         self._kept.add(report, for_s=ORPHAN_KEPT_FOR_S if orphan else KEPT_FOR_S)
         route.free_slot()
-        if route.intake is not None:
+        waiting = self._line.take(route.id) if self._has_room(route) else None
+        if waiting is not None:  # the slot is handed on, and the queue's pullers know nothing of it
+            route.take_slot()
+            self._begin(route, waiting)
+        elif route.intake is not None:
             route.intake.freed()
 
     def _receipt(
@@ -411,13 +436,15 @@ class Worker:
             case Cancel(nonce=nonce, reason=reason):
                 if running := self._running.get(nonce):
                     self._stop(running, Cancelled(reason=reason))
+                else:
+                    self._line.leave(nonce)
             case Resend(nonce=nonce, seq=seq):
                 found = self._running.get(nonce)
                 report = found.report if found is not None else self._kept.get(nonce)
                 if report is not None:
                     report.resend(seq)
-            case Take(job=job):
-                self._take(job)
+            case Take(job=job, wait_s=wait_s):
+                self._take(job, wait_s=wait_s)
             case Announce():
                 await self.announce()
 
@@ -463,6 +490,13 @@ class Worker:
 
 async def _nothing(_: Message) -> None:
     """What is said there is of no interest; that somebody listens is."""
+
+
+def _may_have(worker: WorkerId, job: Job, route: Route) -> bool:
+    """An answer that has begun was admitted once. One that has not is as any job of the queue."""
+    if job.continuation is not None:
+        return True
+    return worker not in job.not_workers and route.held is None and route.provider.admit(job)
 
 
 def _told(outcome: Outcome) -> tuple[str, str | None, int | None]:
