@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 from msgspec import Raw
 
 from bus.queue import JobQueue
+from ingress.overdue import Overdue
 from ingress.pace import Pace
 from ingress.policy.drain import Drain, Place
 from ingress.relay import Switchboard
@@ -22,6 +23,7 @@ from schemas.jobs import Cancel, Job, Take
 log = structlog.get_logger()
 
 TAKE_WAIT_S = 1.0  # a worker that is asked to go on with an answer says at once whether it does
+WAIT_MIN_S = 0.001
 HELD_MAX = 64  # chunks without content that are held back until some comes
 
 
@@ -40,9 +42,14 @@ class Attempt:
         switchboard: Switchboard,
         drain: Drain,
         on_overflow: Callable[[], None],
-        to: WorkerId | None = None,
+        to: tuple[WorkerId, ...] = (),
+        until: float | None = None,
+        overdue: Overdue | None = None,
     ) -> None:
-        """With *to* it goes to that worker and not into the queue."""
+        """With *to* it goes to that worker and not into the queue; with *until*, to all of these, and waits for a slot until then.
+
+        In the queue it is looked after by *overdue*.
+        """
         self.job = job
         self.trip = trip
         self.leg = trip.leg
@@ -61,8 +68,11 @@ class Attempt:
         self._waiting = False
         self._over = False  # its last frame was taken
         self._to = to
-        if to is not None:
-            self.relay.belong(to)
+        self._until = until
+        self.asked: set[WorkerId] = set()  # besides the queue; whoever begins first has it
+        self._overdue = overdue
+        if to and until is None:
+            self.relay.belong(to[0])
 
     @property
     def epoch(self) -> int:
@@ -79,8 +89,11 @@ class Attempt:
 
     async def publish(self) -> None:
         """Raises: BacklogFull, BadRequest, QueueUnavailable."""
-        if self._to is not None:
-            self._switchboard.command(self._to, Take(job=self.job))
+        if self._until is not None:
+            self.ask(self._to)
+            return
+        if self._to:
+            self._switchboard.command(self._to[0], Take(job=self.job))
             return
         try:
             self._job_seq = await self._queue.publish(self.job)
@@ -89,12 +102,26 @@ class Attempt:
             raise
         self._waiting = True
         self._drain.waits(self.place, now=time.monotonic())
+        if self._overdue is not None:
+            self._overdue.waits(self)
+
+    def ask(self, workers: Iterable[WorkerId]) -> None:
+        """Any of *workers* may begin it: now if it has a slot; one that goes on with an answer also later."""
+        wait_s = max(WAIT_MIN_S, self.deadline - time.monotonic())
+        for worker in workers:
+            self.asked.add(worker)
+            self._switchboard.command(worker, Take(job=self.job, wait_s=wait_s))
 
     def note_started(self, *, at: float) -> None:
         self.started_at = at
         if self._waiting:
             self._waiting = False
             self._drain.began(self.place, now=at)
+        self._no_longer_overdue()
+        if self.asked:
+            self._recall("begun_elsewhere")
+            if self._job_seq is not None:
+                self._switchboard.spawn(self._queue.withdraw(self._job_seq))
 
     @property
     def place(self) -> Place:
@@ -135,7 +162,7 @@ class Attempt:
         """When it is given up if nothing comes."""
         timeouts = self.job.timeouts
         if self.started_at is None:
-            return self.heard_at + (timeouts.queue_s if self._to is None else TAKE_WAIT_S)
+            return self._until or self.heard_at + (TAKE_WAIT_S if self._to else timeouts.queue_s)
         if self.first_token_at is None:
             return self.started_at + timeouts.first_token_s
         return self.heard_at + timeouts.idle_s
@@ -148,6 +175,13 @@ class Attempt:
             self._switchboard.command(self.worker, Cancel(nonce=self.relay.nonce, reason=reason))
         elif self._job_seq is not None:
             self._switchboard.spawn(self._queue.withdraw(self._job_seq))
+        self._recall(reason)
+
+    def _recall(self, reason: str) -> None:
+        """Whoever was asked and has not begun needn't any more."""
+        for worker in self.asked - {self.worker}:
+            self._switchboard.command(worker, Cancel(nonce=self.relay.nonce, reason=reason))
+        self.asked.clear()
 
     def close(self) -> None:
         """Nobody will read any more of it."""
@@ -155,11 +189,23 @@ class Attempt:
         if self._waiting:
             self._waiting = False
             self._drain.left(self.place)
+        self._no_longer_overdue()
         self.trip.ended(self.tokens)
+
+    def _no_longer_overdue(self) -> None:
+        if self._overdue is not None:
+            self._overdue.left(self)
+
+    @property
+    def waited_in_vain(self) -> bool:
+        """Whether it has waited for a slot as long as it may."""
+        return self._until is not None and self.started_at is None and time.monotonic() >= self._until
 
     def _timeout(self) -> PenstockError:
         if self.started_at is None:
-            return QueueTimeout()
+            timeouts = self.job.timeouts
+            stalled = self._until is not None and timeouts.idle_s < timeouts.queue_s
+            return IdleTimeout() if stalled else QueueTimeout()
         return FirstTokenTimeout() if self.first_token_at is None else IdleTimeout()
 
     def _queue_again(self) -> None:

@@ -22,6 +22,7 @@ from ingress.books import Books, Break, Broke, Done, Ending, Left
 from ingress.continuing import Onward
 from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
+from ingress.overdue import Overdue
 from ingress.policy.drain import Drain
 from ingress.policy.routing import Leg
 from ingress.policy.trail import HEDGE_LOST, Trail
@@ -47,8 +48,6 @@ from schemas.jobs import Job, Timeouts
 
 log = structlog.get_logger()
 
-ANOTHER_WAIT_S = 10.0  # for somebody who can go on with an answer, when nobody is there
-
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -66,6 +65,7 @@ class Services:
     neighbours: Neighbours | None = None  # who may have answers that clients ask for here; None: nobody
     drain: Drain = field(default_factory=Drain)
     hedges: Hedges | None = None  # None: no second attempt while one runs
+    overdue: Overdue | None = None  # None: what the queue gives to a silent worker waits for `ack_wait`
 
 
 class Exchange:
@@ -167,7 +167,7 @@ class Exchange:
         except PenstockError as error:
             await self._go_on(attempt, error)
 
-    def _start(self, leg: Leg, onward: Onward | None = None) -> Attempt:
+    def _start(self, leg: Leg, onward: Onward | None = None, *, until: float | None = None) -> Attempt:
         attempt = Attempt(
             self._job(leg, onward),
             self._s.router.begin(leg, stream=self.books.request.stream),
@@ -175,7 +175,9 @@ class Exchange:
             switchboard=self._s.switchboard,
             drain=self._s.drain,
             on_overflow=self._give_up,
-            to=None if onward is None else onward.worker,
+            to=() if onward is None else onward.workers,
+            until=until,
+            overdue=self._s.overdue,
         )
         self._running.append(attempt)
         self.books.note_attempt()
@@ -218,15 +220,27 @@ class Exchange:
             self.books.carry(attempt, delivered.tokens)
         room_lacked = isinstance(error, WorkerYielded) and attempt.started_at is None
         (self._continuing.declined if room_lacked else self._continuing.failed)(attempt.worker)
-        until = self._break.heard_at + ANOTHER_WAIT_S
-        self._onward = await self._continuing.await_next(
-            attempt.leg, self._break.error, until=until, gone=lambda: self._gone is not None
+        if attempt.waited_in_vain:
+            raise error
+        since = self._break.heard_at
+        onward = await self._continuing.await_next(
+            attempt.leg, self._break.error, since=since, gone=lambda: self._gone is not None
         )
-        if self._onward is None:
+        if onward is None:
             raise self._break.error
+        self._onward = onward
         self.books.note_lost(attempt, error)
-        await self._start(self._onward.leg, self._onward).publish()
+        timeouts = attempt.job.timeouts
+        until = since + min(timeouts.queue_s, timeouts.idle_s) if onward.waits else None
+        await self._start(onward.leg, onward, until=until).publish()
         return None
+
+    def _widen(self, attempt: Attempt, onward: Onward) -> None:
+        """Whoever has come meanwhile and can go on is asked, too. Raises: NoLiveRoute if nobody is left who can."""
+        workers = self._continuing.line(onward)
+        if not workers:
+            raise NoLiveRoute("The last worker that could go on has gone.")
+        attempt.ask(worker for worker in workers if worker not in attempt.asked)
 
     async def _hedge(self) -> None:
         """A second attempt begins beside the one that says nothing, where there is a place for it."""
@@ -280,6 +294,8 @@ class Exchange:
         if frames:
             self._comment_at = now + self._s.keep_alive_comment_s
             await self._deliver(attempt)
+        elif attempt.started_at is None and self._onward is not None and self._onward.waits:
+            self._widen(attempt, self._onward)
         elif attempt.started_at is None and self._trail.elsewhere(attempt.leg):
             raise NoLiveRoute("The last worker of this route has gone.")
         else:

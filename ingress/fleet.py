@@ -48,6 +48,8 @@ class Serving:
     route: RouteId
     free: int
     offer: ModelOffer
+    waits: bool = False  # it keeps a job until it has a slot
+    born_ns: int = 0  # UTC, when its process began: with the same name it may be another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +199,29 @@ class Fleet:
     def serving(self, model: str) -> list[Serving]:
         """Everybody who serves *model* now. Asked only when an answer begins or breaks off: it looks at every worker."""
         return [
-            Serving(presence.worker, offer.route, offer.free, offered)
+            Serving(presence.worker, offer.route, offer.free, offered, presence.waits, presence.started_ns)
             for presence, _ in self._heard.values()
             if presence.state is WorkerState.SERVING
             for offer in presence.routes
             if offer.down is None
             for offered in offer.models
             if offered.name == model
+        ]
+
+    def born_ns(self, worker: WorkerId) -> int | None:
+        """When the process of *worker* began; None if it is gone, or about to go."""
+        heard = self._heard.get(worker)
+        return None if heard is None or heard[0].state is not WorkerState.SERVING else heard[0].started_ns
+
+    def with_room(self, route: RouteId, model: str) -> list[tuple[WorkerId, int]]:
+        """The workers that had free slots for *model* on *route* when they last said, and how many; of those that can be asked."""
+        found = [(worker, self._heard[worker][0]) for worker in self.servers(route, model)]
+        return [
+            (worker, offer.free)
+            for worker, presence in found
+            if presence.waits
+            for offer in presence.routes
+            if offer.route == route and offer.free > 0 and offer.held is None
         ]
 
     def models(self) -> list[str]:

@@ -30,6 +30,7 @@ from ingress.exchange import Services
 from ingress.fleet import Fleet
 from ingress.hedging import Hedges
 from ingress.neighbours import Neighbours
+from ingress.overdue import Overdue
 from ingress.protocol import bounded_protocol
 from ingress.pulse import Pulse
 from ingress.relay import Switchboard
@@ -83,6 +84,8 @@ async def run_ingress(
     switchboard = Switchboard(connection, ingress=name, max_bytes_per_relay=settings.ingress.max_buffered_bytes)
     await switchboard.start()
     fleet, pulse = await _watch(connection, switchboard)
+    overdue = Overdue(fleet)
+    overdue.start()
     await beacon.start()
     neighbours = Neighbours(connection, name)
     await neighbours.start()
@@ -99,6 +102,7 @@ async def run_ingress(
         claims=Claims(connection, publisher),
         neighbours=neighbours,
         hedges=Hedges(router, after_s=settings.ingress.hedge_after_s) if settings.ingress.hedge else None,
+        overdue=overdue,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings.ingress)
     server = _Server(
@@ -131,6 +135,7 @@ async def run_ingress(
         async with asyncio.timeout(FLUSH_WAIT_S):
             await asyncio.gather(event_log.flush(), refusals.flush())
     await beacon.stop()
+    await overdue.stop()
     await pulse.stop()
     await fleet.stop()
     await control.stop()

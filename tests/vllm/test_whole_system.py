@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.gpu, pytest.mark.timeout(300)]
 START_TIMEOUT_S = 180.0
 CACHE_TOKENS = 262_144 if ON_GPU else 131_072  # of 64 MiB with this model, at two or at four bytes a number
 FRONT_END_ENDS_S = 3.0  # it takes four and more; so who heard by then didn't hear it from its end
-ANOTHER_WAIT_S = 10.0  # a stream that broke waits so long for another worker that could go on with it; here is none
+TOLD_WITHIN_S = 0.5  # the only worker lives and has failed: nobody is waited for who could go on
 FLAGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
@@ -134,7 +134,7 @@ async def test_an_engine_that_is_killed_is_an_honest_error_at_once_and_is_back_b
             read.extend(stream)  # as far as it goes
     told_s = time.monotonic() - killed_at
     assert down_s < FRONT_END_ENDS_S
-    assert told_s < ANOTHER_WAIT_S + FRONT_END_ENDS_S
+    assert told_s < TOLD_WITHIN_S + FRONT_END_ENDS_S
     assert not any(choice.finish_reason for chunk in read for choice in chunk.choices), "it is no end"
     assert error.value.message
     row = await eventually(lambda: own.request(request_id), what="the ledger's row")

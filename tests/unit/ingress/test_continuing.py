@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from msgspec import Raw
 
-from ingress.continuing import ASKED_MAX, DECLINED_S, MIGRATIONS_MAX, Continuing
+from ingress.continuing import (
+    ASKED_MAX,
+    BACK_WITHIN_S,
+    DECLINED_MAX,
+    DECLINED_S,
+    MIGRATIONS_MAX,
+    TOLD_WITHIN_S,
+    Continuing,
+)
 from ingress.delivered import IDS_MAX, TEXT_MAX_BYTES, Delivered
 from ingress.fleet import Load, Serving
 from ingress.pace import LOOK_AGAIN_S, STALL_MIN_S, Pace
@@ -27,7 +35,7 @@ from schemas.settings import RoutingSettings
 LEG = Leg(RouteId("r"), "m", Price(input=1, output=2))
 HERE = ModelFingerprint(name="m", tokenizer="t", quantisation="fp16")
 OTHER = ModelFingerprint(name="m", tokenizer="t", quantisation="int4")
-W1, W2, W3 = (WorkerId(f"w{n}") for n in (1, 2, 3))
+W1, W2, W3, W4, W5 = (WorkerId(f"w{n}") for n in (1, 2, 3, 4, 5))
 
 
 def delivered(*deltas: dict[str, Any], ids: bool = True, finish: str | None = None, **members: Any) -> Delivered:
@@ -63,9 +71,15 @@ class Now:
 
     workers: dict[WorkerId, tuple[RouteId, int, ModelOffer]]
     s: float = 0.0
+    waits: bool = False
+    born: dict[WorkerId, int] = field(default_factory=dict)
 
     def serving(self, model: str) -> list[Serving]:
-        return [Serving(w, *found) for w, found in self.workers.items() if found[2].name == model]
+        mine = [(w, found) for w, found in self.workers.items() if found[2].name == model]
+        return [Serving(w, *found, self.waits, self.born.get(w, 1)) for w, found in mine]
+
+    def born_ns(self, worker: WorkerId) -> int | None:
+        return self.born.get(worker, 1) if worker in self.workers else None
 
     def offer(self, model: str, *, worker: WorkerId, route: RouteId) -> ModelOffer | None:
         found = self.workers.get(worker)
@@ -96,7 +110,7 @@ def broken_off(now: Now, what: Delivered | None = None, *, legs: tuple[Leg, ...]
 def test_the_same_model_goes_on_exactly_with_what_was_delivered() -> None:
     onward = broken_off(Now({W1: offer(), W2: offer()})).next(LEG, WorkerLost())
     assert onward is not None
-    assert (onward.worker, onward.exact) == (W2, True)
+    assert (onward.workers[0], onward.exact) == (W2, True)
     assert (onward.continuation.text, onward.continuation.tokens) == ("ab", 2)
     assert (onward.continuation.token_ids, onward.continuation.prompt_token_ids) == ((0, 1), (7, 8, 9))
 
@@ -126,11 +140,11 @@ def test_exact_comes_before_prefix_and_a_free_slot_before_a_full_worker() -> Non
     now = Now({W1: offer(), W2: offer(Continues.PREFIX, free=9), W3: offer(free=0)})
     onward = broken_off(now).next(LEG, WorkerLost())
     assert onward is not None
-    assert onward.worker == W3
+    assert onward.workers[0] == W3
     now.workers = {W1: offer(), W2: offer(free=1), W3: offer(free=2)}
     onward = broken_off(now).next(LEG, WorkerLost())
     assert onward is not None
-    assert onward.worker == W3
+    assert onward.workers[0] == W3
 
 
 def test_another_route_of_the_plan_goes_on_at_the_price_of_the_first() -> None:
@@ -224,6 +238,58 @@ def test_a_worker_that_declined_is_asked_again_a_little_later_but_not_for_ever()
     assert asked == ASKED_MAX
 
 
+def test_when_all_are_full_it_waits_at_all_of_them() -> None:
+    elsewhere = offer(route="elsewhere", free=0)
+    now = Now({W1: offer(), W2: offer(free=0), W3: offer(free=0), W4: elsewhere}, waits=True)
+    continuing = broken_off(now, legs=(LEG, Leg(RouteId("elsewhere"), "m", LEG.price)))
+    for _ in range(DECLINED_MAX):
+        onward = continuing.next(LEG, WorkerLost())
+        assert onward is not None
+        assert not onward.waits
+        continuing.declined(onward.workers[0])
+    onward = continuing.next(LEG, WorkerLost())
+    assert onward is not None
+    assert (onward.waits, onward.workers, onward.leg.route) == (True, (W2, W3), LEG.route)
+    now.workers[W5] = offer(free=0)
+    assert continuing.line(onward) == (W2, W3, W5)
+    now.workers.clear()
+    assert continuing.line(onward) == ()
+
+
+def test_a_worker_that_stands_still_is_not_left_for_one_that_is_full() -> None:
+    now = Now({W1: offer(), W2: offer(free=0)}, waits=True)
+    made = Continuing(delivered({"content": "a"}), (LEG,), fleet=now, clock=now)  # type: ignore[arg-type]
+    made.begun(LEG, W1)
+    assert not made.may_move(LEG, away_from=W1)
+    now.workers[W2] = offer(free=1)
+    assert made.may_move(LEG, away_from=W1)
+
+
+def test_a_process_that_was_started_again_under_the_same_name_is_another_one() -> None:
+    now = Now({W1: offer()})
+    continuing = broken_off(now)
+    assert continuing.next(LEG, WorkerLost()) is None
+    now.born[W1] = 2
+    onward = continuing.next(LEG, WorkerLost())
+    assert onward is not None
+    assert onward.workers == (W1,)
+
+
+@pytest.mark.parametrize(("lives", "hope_s"), [(True, TOLD_WITHIN_S), (False, BACK_WITHIN_S)])
+async def test_nobody_is_waited_for_longer_than_somebody_may_come(lives: bool, hope_s: float) -> None:
+    """A worker that lives and has failed will not do better; one that is gone may be started again."""
+    now = Now({W1: offer()})
+    continuing = broken_off(now)
+    if not lives:
+        del now.workers[W1]
+    waiting = asyncio.create_task(continuing.await_next(LEG, WorkerLost(), since=0.0, gone=lambda: False))
+    now.s = hope_s - 0.01
+    await asyncio.sleep(0.15)
+    assert not waiting.done()
+    now.s = hope_s + 0.01
+    assert await waiting is None
+
+
 def test_a_rejection_is_the_answer_and_a_failure_of_the_place_is_not() -> None:
     continuing = broken_off(Now({W1: offer(), W2: offer()}))
     assert continuing.next(LEG, ProviderRejected()) is None
@@ -245,17 +311,17 @@ async def test_somebody_who_comes_is_waited_for() -> None:
     now = Now({W1: offer()})
     continuing = broken_off(now)
     del now.workers[W1]
-    waiting = asyncio.create_task(continuing.await_next(LEG, WorkerLost(), until=9.0, gone=lambda: False))
+    waiting = asyncio.create_task(continuing.await_next(LEG, WorkerLost(), since=0.0, gone=lambda: False))
     await asyncio.sleep(0)
     now.workers[W2] = offer()
     onward = await waiting
     assert onward is not None
-    assert onward.worker == W2
+    assert onward.workers[0] == W2
 
 
 async def test_nobody_is_waited_for_who_could_not_go_on_anyway() -> None:
     now = Now({W1: offer(Continues.NO)})
-    assert await broken_off(now).await_next(LEG, WorkerLost(), until=9.0, gone=lambda: False) is None
+    assert await broken_off(now).await_next(LEG, WorkerLost(), since=0.0, gone=lambda: False) is None
 
 
 def test_the_bill_is_the_first_prompt_and_all_that_was_delivered() -> None:
