@@ -38,7 +38,7 @@ from schemas.money import Usage
 MIGRATIONS_MAX = 2  # of one answer: what brings down three workers may well be the request
 ASKED_MAX = 16  # times that somebody is asked to go on with one answer
 DECLINED_MAX = 3  # workers without room that are found out by asking: presence may be 2 s old
-LINE_MAX = 32  # workers at which one answer waits for a slot
+STANDBY_MAX = 32  # workers at which one answer waits for a slot
 LOOK_AGAIN_S = 0.05
 DECLINED_S = 0.3  # a worker without room is not asked again
 TOLD_WITHIN_S = 0.5  # after a loss: in which presence tells what has become of whom
@@ -122,9 +122,9 @@ class Continuing:
             return None
         found = self._candidates(leg)
         rested = [each for each in found if self._has_rested(each[0].worker)]
-        line = _longest_line(found)
-        waits = bool(line) and (not rested or len(self._declined) >= DECLINED_MAX)
-        chosen = line if waits else rested[:1]
+        standby = _standby_of(found)
+        waits = bool(standby) and (not rested or len(self._declined) >= DECLINED_MAX)
+        chosen = standby if waits else rested[:1]
         if not chosen:
             return None
         self._asked += 1
@@ -134,7 +134,7 @@ class Continuing:
         workers = tuple(each.worker for each, _ in chosen)
         return Onward(place, workers, exact, self.delivered.continuation(exact=exact), waits=waits)
 
-    def line(self, onward: Onward) -> tuple[WorkerId, ...]:
+    def standby(self, onward: Onward) -> tuple[WorkerId, ...]:
         """All at whom *onward* may wait by now."""
         found = self._candidates(onward.leg)
         here = [(each, exact) for each, exact in found if each.route == onward.leg.route and exact is onward.exact]
@@ -209,9 +209,9 @@ class Continuing:
         return same and there.offer.continues is Continues.EXACT and self.delivered.has_ids
 
 
-def _longest_line(found: Sequence[tuple[Serving, bool]]) -> list[tuple[Serving, bool]]:
+def _standby_of(found: Sequence[tuple[Serving, bool]]) -> list[tuple[Serving, bool]]:
     """Those of *found* at which one answer may wait: of one route, all exactly or none, and as many as there are."""
     able = [each for each in found if each[0].waits]
     best = [each for each in able if each[1] is able[0][1]]
     routes = Counter(there.route for there, _ in best)
-    return [each for each in best if each[0].route == routes.most_common(1)[0][0]][:LINE_MAX]
+    return [each for each in best if each[0].route == routes.most_common(1)[0][0]][:STANDBY_MAX]

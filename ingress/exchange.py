@@ -237,7 +237,7 @@ class Exchange:
 
     def _widen(self, attempt: Attempt, onward: Onward) -> None:
         """Whoever has come meanwhile and can go on is asked, too. Raises: NoLiveRoute if nobody is left who can."""
-        workers = self._continuing.line(onward)
+        workers = self._continuing.standby(onward)
         if not workers:
             raise NoLiveRoute("The last worker that could go on has gone.")
         attempt.ask(worker for worker in workers if worker not in attempt.asked)

@@ -37,10 +37,10 @@ from schemas.jobs import (
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings, is_own
 from workers.attempt import Progress, run_attempt
 from workers.intake import Intake
-from workers.line import Line
 from workers.orphans import Orphans, Served
 from workers.providers.base import Provider
 from workers.reporter import KEPT_FOR_S, ORPHAN_KEPT_FOR_S, KeptReports, Outbox, Reporter
+from workers.standby import Standby
 
 log = structlog.get_logger()
 
@@ -155,7 +155,7 @@ class Worker:
         self._running: dict[Nonce, Running] = {}
         self._kept = KeptReports(asyncio.get_running_loop())
         self._outbox = Outbox(connection)
-        self._line = Line(time.monotonic)
+        self._standby = Standby(time.monotonic)
         self._beat: asyncio.Task[None] | None = None
         self._forget: Forget | None = None
         self._telling: set[asyncio.Task[None]] = set()
@@ -279,7 +279,7 @@ class Worker:
             log.info("route_down", route=route.id, reason=reason)
         route.down = reason
         self._changed(route)
-        self._admit_line(route)
+        self._admit_standby(route)
 
     def _hold(self, route: Route, reason: str | None) -> None:
         """The route's jobs are to wait in the queue, for *reason*, where another worker may take them; or needn't any more."""
@@ -342,8 +342,8 @@ class Worker:
         if route is not None and self._has_room(route) and _may_have(self.id, job, route):
             self._begin_unasked(route, job)
         elif wait_s > 0:
-            if job.continuation is not None:  # one that has not begun has its place in the queue
-                self._line.join(job, for_s=wait_s)
+            if route is not None and job.continuation is not None:  # one that has not begun has its place in the queue
+                self._standby.join(job, for_s=wait_s)
         else:
             report = self._reporter(job)
             report.ended(HandedBack(reason="no_free_slot"))
@@ -359,9 +359,9 @@ class Worker:
             route.intake.lent()
         self._begin(route, job)
 
-    def _admit_line(self, route: Route) -> None:
+    def _admit_standby(self, route: Route) -> None:
         """Whoever waits at this worker gets the slots that are free."""
-        while self._has_room(route) and (job := self._line.take(route.id)) is not None:
+        while self._has_room(route) and (job := self._standby.take(route.id)) is not None:
             self._begin_unasked(route, job)
 
     def _begin(self, route: Route, job: Job) -> None:
@@ -389,7 +389,7 @@ class Worker:
         orphan = self._running.pop(nonce).progress.stop == Cancelled(reason=INGRESS_LOST)
         self._kept.add(report, for_s=ORPHAN_KEPT_FOR_S if orphan else KEPT_FOR_S)
         route.free_slot()
-        waiting = self._line.take(route.id) if self._has_room(route) else None
+        waiting = self._standby.take(route.id) if self._has_room(route) else None
         if waiting is not None:  # the slot is handed on, and the queue's pullers know nothing of it
             route.take_slot()
             self._begin(route, waiting)
@@ -437,7 +437,7 @@ class Worker:
                 if running := self._running.get(nonce):
                     self._stop(running, Cancelled(reason=reason))
                 else:
-                    self._line.leave(nonce)
+                    self._standby.leave(nonce)
             case Resend(nonce=nonce, seq=seq):
                 found = self._running.get(nonce)
                 report = found.report if found is not None else self._kept.get(nonce)

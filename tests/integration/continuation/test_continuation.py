@@ -27,7 +27,7 @@ SWALLOWED_S = 3.0  # and not `ack_wait`, 5 s
 WAITED_S = 5.0  # what it was given up after before it could wait
 YIELDS = 3
 YIELD_TOKENS_PER_S = 200.0
-YIELD_MAX_MS = 50.0
+YIELD_MAX_MS = 100.0
 
 
 def check_unbroken(heard: Heard, text: str = TEXT) -> None:

@@ -57,7 +57,7 @@ async def test_a_slot_that_is_lent_is_not_asked_for_in_the_queue(hire: Hire, des
     assert station.provider.most == 2
 
 
-async def test_an_answer_in_the_line_goes_on_before_what_is_in_the_queue(hire: Hire, desk: Desk) -> None:
+async def test_an_answer_on_standby_goes_on_before_what_is_in_the_queue(hire: Hire, desk: Desk) -> None:
     gate = asyncio.Event()
     station, first = await full(hire, desk, gate)
     queued = await desk.publish_many(3)
@@ -73,7 +73,7 @@ async def test_an_answer_in_the_line_goes_on_before_what_is_in_the_queue(hire: H
     assert station.credit == 1
 
 
-async def test_who_needs_no_slot_any_more_leaves_the_line(hire: Hire, desk: Desk) -> None:
+async def test_who_needs_no_slot_any_more_stands_by_no_longer(hire: Hire, desk: Desk) -> None:
     gate = asyncio.Event()
     station, first = await full(hire, desk, gate)
     cancelled, late, stays = goes_on(), goes_on(), goes_on()
@@ -115,7 +115,7 @@ async def test_a_job_that_has_not_begun_is_begun_at_once_or_left_to_the_queue(hi
     assert [type(frame) for frame in desk.of(offered)] in ([Started, Delta, Finished], [Started, Finished])
 
 
-async def test_the_line_moves_when_the_route_is_up_again(hire: Hire, desk: Desk) -> None:
+async def test_who_stands_by_begins_when_the_route_is_up_again(hire: Hire, desk: Desk) -> None:
     station = await hire(slots=1)
     station.provider.tell("the engine died")
     job = goes_on()

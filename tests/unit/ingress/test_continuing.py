@@ -251,9 +251,9 @@ def test_when_all_are_full_it_waits_at_all_of_them() -> None:
     assert onward is not None
     assert (onward.waits, onward.workers, onward.leg.route) == (True, (W2, W3), LEG.route)
     now.workers[W5] = offer(free=0)
-    assert continuing.line(onward) == (W2, W3, W5)
+    assert continuing.standby(onward) == (W2, W3, W5)
     now.workers.clear()
-    assert continuing.line(onward) == ()
+    assert continuing.standby(onward) == ()
 
 
 def test_a_worker_that_stands_still_is_not_left_for_one_that_is_full() -> None:

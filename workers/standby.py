@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from schemas.ids import Nonce, RouteId
 from schemas.jobs import Job
 
-LINE_MAX = 64  # jobs of one route; whoever asks has asked others, too
+STANDBY_MAX = 64  # jobs of one route; whoever asks has asked others, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,8 @@ class _Waiting:
     until: float
 
 
-class Line:
-    """*clock* counts seconds. Whose request is the oldest comes first, whenever it joined."""
+class Standby:
+    """*clock* counts seconds. Whose request is the oldest comes first, whenever it came."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -27,27 +27,27 @@ class Line:
     def join(self, job: Job, *, for_s: float) -> None:
         """*job* waits at its route, if there is room."""
         self._tidy(job.route)
-        line = self._waiting.setdefault(job.route, {})
-        if len(line) < LINE_MAX:
-            line[job.nonce] = _Waiting(job, self._clock() + for_s)
+        here = self._waiting.setdefault(job.route, {})
+        if len(here) < STANDBY_MAX:
+            here[job.nonce] = _Waiting(job, self._clock() + for_s)
 
     def leave(self, nonce: Nonce) -> None:
         """Nobody wants it here any more."""
-        for line in self._waiting.values():
-            line.pop(nonce, None)
+        for here in self._waiting.values():
+            here.pop(nonce, None)
 
     def take(self, route: RouteId) -> Job | None:
-        """The next one at *route*, which is in the line no more."""
+        """The next one at *route*, which stands by no more."""
         self._tidy(route)
-        line = self._waiting.get(route)
-        if not line:
+        here = self._waiting.get(route)
+        if not here:
             return None
-        job = min((waiting.job for waiting in line.values()), key=lambda each: each.accepted_ns)
-        del line[job.nonce]
+        job = min((waiting.job for waiting in here.values()), key=lambda each: each.accepted_ns)
+        del here[job.nonce]
         return job
 
     def _tidy(self, route: RouteId) -> None:
         now = self._clock()
-        line = self._waiting.get(route, {})
-        for nonce in [nonce for nonce, waiting in line.items() if waiting.until <= now]:
-            del line[nonce]
+        here = self._waiting.get(route, {})
+        for nonce in [nonce for nonce, waiting in here.items() if waiting.until <= now]:
+            del here[nonce]

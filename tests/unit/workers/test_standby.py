@@ -5,7 +5,7 @@ from __future__ import annotations
 from schemas.ids import RouteId, new_nonce
 from schemas.jobs import Job
 from tests.factories import new_job
-from workers.line import LINE_MAX, Line
+from workers.standby import STANDBY_MAX, Standby
 
 HERE, THERE = RouteId("here"), RouteId("there")
 
@@ -22,35 +22,35 @@ def job(accepted_ns: int = 1, *, route: RouteId = HERE) -> Job:
 
 
 def test_the_oldest_request_comes_first_whenever_it_joined() -> None:
-    line = Line(Now())
+    standby = Standby(Now())
     young, old, other = job(9), job(3), job(1, route=THERE)
     for each in (young, old, other):
-        line.join(each, for_s=5.0)
-    assert [line.take(HERE) for _ in range(3)] == [old, young, None]
-    assert line.take(THERE) == other
+        standby.join(each, for_s=5.0)
+    assert [standby.take(HERE) for _ in range(3)] == [old, young, None]
+    assert standby.take(THERE) == other
 
 
 def test_nobody_is_served_after_his_time_or_after_leaving() -> None:
     now = Now()
-    line = Line(now)
+    standby = Standby(now)
     left, late, stays = job(1), job(2), job(3)
-    line.join(left, for_s=5.0)
-    line.join(late, for_s=1.0)
-    line.join(stays, for_s=5.0)
-    line.leave(left.nonce)
+    standby.join(left, for_s=5.0)
+    standby.join(late, for_s=1.0)
+    standby.join(stays, for_s=5.0)
+    standby.leave(left.nonce)
     now.s = 1.0
-    assert line.take(HERE) == stays
-    assert line.take(HERE) is None
+    assert standby.take(HERE) == stays
+    assert standby.take(HERE) is None
 
 
-def test_a_line_is_bounded_and_who_has_left_makes_room() -> None:
+def test_a_standby_is_bounded_and_who_has_left_makes_room() -> None:
     now = Now()
-    line = Line(now)
-    for number in range(LINE_MAX):
-        line.join(job(number), for_s=1.0)
+    standby = Standby(now)
+    for number in range(STANDBY_MAX):
+        standby.join(job(number), for_s=1.0)
     turned_away, later = job(), job()
-    line.join(turned_away, for_s=9.0)
+    standby.join(turned_away, for_s=9.0)
     now.s = 2.0
-    line.join(later, for_s=1.0)
-    assert line.take(HERE) == later
-    assert line.take(HERE) is None
+    standby.join(later, for_s=1.0)
+    assert standby.take(HERE) == later
+    assert standby.take(HERE) is None
