@@ -24,6 +24,8 @@ from tests.e2e.deployment import (
 from tests.waiting import eventually
 
 PICO = Decimal("1e-12")
+OPEN_ATTEMPT = """SELECT 1 FROM attempts JOIN requests USING (request_id)
+    WHERE attempts.outcome = 'open' AND requests.status = 'open' AND NOT requests.stream"""
 SECRET = "the-prompt-that-nobody-may-keep"
 
 pytestmark = pytest.mark.timeout(60)
@@ -117,6 +119,7 @@ async def test_a_cancelled_answer_costs_its_prompt(up: Deployment, provider: Pro
     async with up.sdk() as client:
         asking = asyncio.create_task(ask(client, SECRET))
         await eventually(lambda: provider.answering() == 1)
+        await eventually(lambda: up.sql(OPEN_ATTEMPT), what="that the ingress knows of the attempt, too")
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
     await eventually(lambda: provider.answering() == 0)

@@ -296,6 +296,7 @@ async def test_a_client_that_leaves_after_the_first_route_failed_stops_the_secon
     up.mock("second").script(delay_s=20)
     asking = asyncio.create_task(_whole(session, up.chat_url, stream=stream))
     await eventually(lambda: up.mock("second").answering == 1)
+    await eventually(lambda: len(up.of(None, "attempt.started")) == 2, what="that the ingress knows of it, too")
     asking.cancel()
     watch = Stopwatch()
     await eventually(lambda: up.mock("second").seen[0].gone_s is not None, what="the provider's connection closed")
