@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from schemas.settings import IngressSettings
 from tests.integration.ingress.gateway import (
     ADMIN_KEY,
     CLIENT_KEY,
+    MODEL,
     Gateway,
     Headers,
     IngressUnderTest,
@@ -34,7 +36,15 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture
 async def other(gateway: Gateway, nats_server: EmbeddedServer, mock: MockProvider) -> AsyncIterator[IngressUnderTest]:
     """The ingress that clients come back to. They begin at the gateway's."""
+    async with another(nats_server, mock) as up:
+        yield up
+
+
+@contextlib.asynccontextmanager
+async def another(nats_server: EmbeddedServer, mock: MockProvider) -> AsyncIterator[IngressUnderTest]:
+    """It serves what the gateway serves."""
     async with ingress_up(nats_server.url, settings=IngressSettings(), routes=(route_settings(mock),)) as up:
+        await eventually(lambda: up.fleet.offers(MODEL), what="the worker's presence")
         yield up
 
 
@@ -123,7 +133,7 @@ async def test_a_part_that_is_forgotten_is_refused_there_too(
     open_gateway: OpenGateway, nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     gateway = await open_gateway(ingress=IngressSettings(max_kept_answer_bytes=5000))
-    async with ingress_up(nats_server.url, settings=IngressSettings(), routes=(route_settings(mock),)) as other:
+    async with another(nats_server, mock) as other:
         mock.script(tokens=100, pace_s=0.001)
         async with session.post(gateway.chat_url, json=body(stream=True), headers=bearer()) as answer:
             await answer.read()
@@ -209,10 +219,7 @@ async def test_a_claim_of_an_ingress_that_is_gone_is_taken_over(
     gateway: Gateway, nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     """Its answer is gone with it, and a retry is a new request."""
-    async with (
-        ingress_up(nats_server.url, settings=IngressSettings(), routes=(route_settings(mock),)) as gone,
-        keyed(gone, session) as answer,
-    ):
+    async with another(nats_server, mock) as gone, keyed(gone, session) as answer:
         assert answer.status == 200
         await answer.read()
     for replayed in (False, True):
