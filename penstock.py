@@ -92,6 +92,7 @@ async def _up(
 ) -> None:
     from bus.processes import Child, Supervisor  # noqa: PLC0415 - `penstock --help` needs none of this
     from bus.server import EmbeddedServer  # noqa: PLC0415
+    from schemas.logs import losing  # noqa: PLC0415
 
     began = time.monotonic()
     keys = _own_keys(home)
@@ -141,7 +142,8 @@ async def _up(
         tell()
         watcher = asyncio.create_task(supervisor.watch())
         served = await asyncio.to_thread(_served, describe())
-        _greet(describe(), settings, served, seconds=time.monotonic() - began)
+        with losing(sys.stdout):
+            _greet(describe(), settings, served, seconds=time.monotonic() - began)
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait([stopped, watcher], return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -149,7 +151,8 @@ async def _up(
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
-        click.echo("Stopping: what runs may finish. Again to stop at once.", err=True)
+        with losing(sys.stderr):
+            click.echo("Stopping: what runs may finish. Again to stop at once.", err=True)
         await supervisor.stop()
         for path in (home / READY_FILE, ready_file):
             if path is not None:

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import openai
 
@@ -181,11 +181,17 @@ class Deployment:
 
 @contextlib.contextmanager
 def penstock_up(
-    folder: Path, provider: Provider, *, settings: dict[str, str] | None = None, config_more: str = ""
+    folder: Path,
+    provider: Provider,
+    *,
+    settings: dict[str, str] | None = None,
+    config_more: str = "",
+    output: IO[bytes] | None = None,
 ) -> Iterator[Deployment]:
     """Yields once it is ready. It dies with the test, whatever becomes of that.
 
-    *settings* are ``PENSTOCK_*``; *config_more* comes behind the configuration.
+    *settings* are ``PENSTOCK_*``; *config_more* comes behind the configuration. *output* gets the greeting and the log instead
+    of the log file.
     """
     config = folder / "penstock.toml"
     config.write_text(
@@ -201,8 +207,8 @@ def penstock_up(
             cwd=ROOT,
             env=_environment() | (settings or {}),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
+            stdout=output or subprocess.DEVNULL,
+            stderr=output or log,
         ) as process,
     ):
         made.process = process

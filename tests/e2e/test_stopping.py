@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
@@ -86,3 +88,23 @@ async def test_what_does_not_end_in_time_is_told_so_and_everything_still_ends(
         for each in heard:
             told = await row(again, each.request_id)
             assert (told["status"], told["code"]) == ("failed", "stopping")
+
+
+async def test_whoever_read_the_log_may_leave_and_nothing_is_left_behind(provider: Provider, tmp_path: Path) -> None:
+    """As with `make up 2>&1 | head`: from then on each line that somebody writes has no reader."""
+    log, sink = os.pipe()
+    with os.fdopen(sink, "wb") as written, penstock_up(tmp_path, provider, output=written) as up:
+        pids = up.ready()["pids"]
+        os.close(log)
+        os.kill(pids["worker"], signal.SIGKILL)
+        await eventually(lambda: up.ready()["pids"]["worker"] != pids["worker"], timeout_s=20)
+        async with up.sdk() as client:
+            await eventually(lambda: answered(client), timeout_s=20)
+        pids |= up.ready()["pids"]
+        up.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(up.process.wait, 20) == 0
+        _assert_gone(up, pids)
+
+
+async def answered(client: openai.AsyncOpenAI) -> bool:
+    return (await ask(client)).code is None
