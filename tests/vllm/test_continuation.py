@@ -23,6 +23,7 @@ from tests.vllm.engine import MODEL, Engine, tiny_model_folder
 from tests.vllm.tiny_model import COUNT, GREETING, HELLO, THINK, WEATHER_TOOL, Conversation
 from tests.waiting import eventually
 from workers.providers.base import Chunk
+from workers.providers.sse import EventSplitter
 from workers.providers.vllm import Vllm
 from workers.seam import seamless
 
@@ -109,7 +110,18 @@ async def second(other_engine: Engine) -> AsyncIterator[Vllm]:
 
 
 async def whole(provider: Vllm, body: dict[str, Any]) -> list[Chunk]:
-    return [chunk async for chunk in provider.generate(new_job(body))]
+    """Event by event, however many of them the engine sends together: an answer may break off between any two."""
+    job = new_job(body)
+    reader, events, patience = provider._reader(), EventSplitter(1024 * 1024), provider._patience(job)
+    reader.habits.request = job.body
+    answer = await provider._ask(job, patience)
+    chunks: list[Chunk] = []
+    while not reader.done:
+        data = await answer.read(patience)
+        assert data, "the answer ended early"
+        chunks += [chunk for event in events.feed(data) if (chunk := reader.event(*event)) is not None]
+    answer.close()
+    return chunks
 
 
 async def gone_on_with(provider: Vllm, body: dict[str, Any], before: Continuation) -> list[Chunk]:
