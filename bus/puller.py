@@ -9,8 +9,9 @@ is asked for and has not come is *asked*; a message takes one from it, and an ex
 that ended without a word would be missing from then on; so all are given up and asked anew now and then, and at once when
 nothing at all was heard for longer than a pull lives.
 
-A pull is work for the server, too. So credit that comes back bit by bit is not asked for bit by bit: only when as much waits
-to be asked for as is asked for. The server is never without a pull while there is credit.
+A pull is work for the server, too. So while messages flow, credit that comes back bit by bit is not asked for bit by bit: only
+when as much waits to be asked for as is asked for. The server is never without a pull while there is credit. When nothing comes
+for a moment the rest is asked for as well: of a consumer that is gone, and took our pulls along, only the next pull tells.
 
 A pull outlives a connection: the server serves it again once its inbox is there. So after a reconnect the puller moves to a
 new inbox, and the old one is given up before anything is asked anew; what came to it until then still counts.
@@ -35,7 +36,8 @@ log = structlog.get_logger()
 EXPIRES_S = 10.0  # how long the server keeps a pull that nothing came for
 LAPSE_GRACE_S = 2.0
 REFRESH_EVERY_S = 60.0
-LOOK_EVERY_S = 2.0
+LOOK_EVERY_S = 0.5
+QUIET_S = 0.2  # nothing has come for so long: no reason to save pulls
 RETRY_WAIT_S = 0.1
 PENDING_BYTES_MAX = 256 * 1024 * 1024
 HEARTBEAT = "100"
@@ -174,7 +176,8 @@ class Puller:
 
     def _is_due(self) -> bool:
         """Whether it is time to ask for the credit that isn't asked for."""
-        return self._credit - self._asked >= max(1, self._asked)
+        unasked = self._credit - self._asked
+        return unasked >= max(1, self._asked) or (unasked > 0 and self._loop.time() - self._heard_at > QUIET_S)
 
     def _wake_if_due(self) -> None:
         if self._is_due():
