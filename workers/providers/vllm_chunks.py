@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 from msgspec.structs import replace
 
-from schemas.errors import ProviderNonsense
+from schemas.errors import ProviderFailed, ProviderNonsense
 from workers.providers.base import Chunk
 from workers.providers.openai_chunks import Around, ChunkReader
 
@@ -67,6 +67,15 @@ class VllmChunkReader(ChunkReader):
 
     def _again(self, raw: bytes, around: Around) -> Chunk | None:
         return None if _IDS in raw else super()._again(raw, around)
+
+    def check_complete(self) -> None:
+        """VLLM says of every choice why it finished, so a stream without that was cut off, ``[DONE]`` or not.
+
+        Raises: as its parent's.
+        """
+        super().check_complete()
+        if not self.finished:
+            raise ProviderFailed("The engine's answer ended early.")
 
     def _is_one_choice(self) -> bool:
         """In a stream, each choice of several comes in chunks of its own: only the request tells."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import Fault, ProviderNonsense
+from schemas.errors import Fault, ProviderFailed, ProviderNonsense
 from workers.providers.base import Chunk
 from workers.providers.vllm_chunks import VllmChunkReader
 
@@ -157,3 +157,15 @@ def test_a_text_that_speaks_of_ids_is_left_alone() -> None:
     (chunk,) = read(raw)
     assert json.loads(chunk.members or b"") == {"choices": [choice(said)]}
     assert chunk.token_ids == (5,)
+
+
+def test_done_without_a_finish_reason_is_an_answer_that_was_cut_off() -> None:
+    reader = VllmChunkReader()
+    for data in (event(choice({"content": "a"})), b"[DONE]"):
+        reader.event(b"", data)
+    with pytest.raises(ProviderFailed):
+        reader.check_complete()
+    whole = VllmChunkReader()
+    for data in (event(choice({"content": "a"})), event(choice({}, finish="stop")), b"[DONE]"):
+        whole.event(b"", data)
+    whole.check_complete()
