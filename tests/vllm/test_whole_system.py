@@ -31,6 +31,7 @@ START_TIMEOUT_S = 180.0
 CACHE_TOKENS = 262_144 if ON_GPU else 131_072  # of 64 MiB with this model, at two or at four bytes a number
 FRONT_END_ENDS_S = 3.0  # it takes four and more; so who heard by then didn't hear it from its end
 TOLD_WITHIN_S = 0.5  # the only worker lives and has failed: nobody is waited for who could go on
+TRIES_MAX = 3  # an engine on a busy machine may be done before its client has read ten chunks
 FLAGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
@@ -118,31 +119,44 @@ def running(own: Deployment) -> dict[str, Any] | None:
 async def test_an_engine_that_is_killed_is_an_honest_error_at_once_and_is_back_by_itself(
     sdk: OpenAI, own: Deployment
 ) -> None:
-    with sdk.chat.completions.create(**endless(HELLO, tokens=LONG), **WITH_USAGE) as stream:
-        request_id = stream.response.headers["x-request-id"]
-        read = [next(stream) for _ in range(10)]
-        (core,) = [process for process in engine_processes(own) if is_core(process)]
-        core.kill()
-        killed_at = time.monotonic()
-        await eventually(lambda: not served(sdk), timeout_s=FRONT_END_ENDS_S, what="the route is down")
-        down_s = time.monotonic() - killed_at
-        with pytest.raises(openai.InternalServerError) as refused:
-            sdk.chat.completions.create(**ask(HELLO))
-        assert refused.value.status_code == 503
-        assert "the engine" in refused.value.message
-        with pytest.raises(openai.APIError) as error:
-            read.extend(stream)  # as far as it goes
-    told_s = time.monotonic() - killed_at
+    for _ in range(TRIES_MAX):
+        with sdk.chat.completions.create(**endless(HELLO, tokens=LONG), **WITH_USAGE) as stream:
+            request_id = stream.response.headers["x-request-id"]
+            read = [next(stream) for _ in range(10)]
+            (core,) = [process for process in engine_processes(own) if is_core(process)]
+            core.kill()
+            killed_at = time.monotonic()
+            await eventually(lambda: not served(sdk), timeout_s=FRONT_END_ENDS_S, what="the route is down")
+            down_s = time.monotonic() - killed_at
+            with pytest.raises(openai.InternalServerError) as refused:
+                sdk.chat.completions.create(**ask(HELLO))
+            assert refused.value.status_code == 503
+            assert "the engine" in refused.value.message
+            told = as_far_as_it_goes(stream, read)
+        told_s = time.monotonic() - killed_at
+        await eventually(lambda: served(sdk), timeout_s=START_TIMEOUT_S, every_s=0.2, what="it is back")
+        if told is not None:
+            break
+        assert usage(read[-1])[1] == LONG, "without an error it is whole: the engine was done before it died"
+    assert told is not None
+    assert told.message
     assert down_s < FRONT_END_ENDS_S
     assert told_s < TOLD_WITHIN_S + FRONT_END_ENDS_S
     assert not any(choice.finish_reason for chunk in read for choice in chunk.choices), "it is no end"
-    assert error.value.message
     row = await eventually(lambda: own.request(request_id), what="the ledger's row")
     assert row["status"] == "failed"
     assert row["completion_tokens"] >= len([chunk for chunk in read if chunk.choices]) - 1
-    await eventually(lambda: served(sdk), timeout_s=START_TIMEOUT_S, every_s=0.2, what="it is back")
     sys.stdout.write(f"error after {told_s:.3f} s, down after {down_s:.3f} s\n")
     assert sdk.chat.completions.create(**ask(HELLO)).choices[0].message.content == HELLO.answer
+
+
+def as_far_as_it_goes(stream: openai.Stream[Any], read: list[Any]) -> openai.APIError | None:
+    """Adds what comes to *read*; the error that it ends with."""
+    try:
+        read.extend(stream)
+    except openai.APIError as error:
+        return error
+    return None
 
 
 def is_core(process: psutil.Process) -> bool:
