@@ -296,7 +296,11 @@ async def connect(
                 max_outstanding_pings=PINGS_UNANSWERED_MAX,
                 pending_size=PENDING_BYTES_MAX,
             )
-    except (nats.errors.Error, OSError) as error:  # TimeoutError is an OSError
+    except (
+        nats.errors.Error,
+        OSError,
+        RuntimeError,
+    ) as error:  # uvloop's, where the socket is closed while it shakes hands
         reason = _reason(connection.nc.last_error or error)
         if connection.nc.is_connecting:  # cut off while shaking hands: the socket is open
             await connection.close()

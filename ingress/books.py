@@ -267,6 +267,15 @@ class Books:
         self.served = isinstance(ending, Done) or event.usage.total_tokens > 0
         await self._log.record(event, within_s=within_s)
 
+    async def closed_after_all(self) -> bool:
+        """Whether what `close` gave to the log becomes durable in this process's last moments, so that it is what is told, too."""
+        try:
+            async with asyncio.timeout(RECORD_FAILURE_WAIT_S):
+                await self._log.flush()
+        except TimeoutError:
+            return False
+        return not self._log.fenced
+
     def estimate(self) -> Usage:
         return self._usage_of(self._attempt)
 

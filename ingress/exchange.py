@@ -353,7 +353,8 @@ class Exchange:
                 ending = Broke(error)
         except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached
             self._uncancel()
-            ending = Broke(Stopping())
+            if not await self.books.closed_after_all():
+                ending = Broke(Stopping())
         match ending:
             case Done(frame):
                 told = bytes(frame.usage_raw)

@@ -102,5 +102,5 @@ def _offer(attempt: Waiting, room: Counter[WorkerId]) -> None:
         return
     worker = min(fit, key=attempt.asked.__contains__)
     room[worker] -= 1
-    log.info("job_overdue", request_id=job.request_id, epoch=job.epoch, worker=worker)
+    log.debug("job_overdue", request_id=job.request_id, epoch=job.epoch, worker=worker)
     attempt.ask((worker,))

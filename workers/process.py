@@ -24,7 +24,8 @@ from schemas.tuning import settle_collector
 from workers.discover import Discovery
 from workers.providers import make_provider
 from workers.providers.base import Provider
-from workers.worker import Route, Worker
+from workers.route import Route
+from workers.worker import Worker
 
 log = structlog.get_logger()
 

@@ -15,31 +15,27 @@ from bus.puller import Puller
 from bus.streams import await_streams
 from schemas import codec, subjects
 from schemas.errors import PenstockError
-from schemas.events import INGRESS_LOST, AttemptFinished
-from schemas.ids import EventId, IngressId, Nonce, RouteId, WorkerId, new_id
+from schemas.events import INGRESS_LOST
+from schemas.ids import IngressId, Nonce, RouteId, WorkerId
 from schemas.jobs import (
     PRESENCE_EVERY_S,
     Announce,
     Cancel,
     Cancelled,
-    Completed,
-    Failed,
     HandedBack,
     Job,
-    ModelOffer,
-    Outcome,
     Presence,
     Resend,
-    RouteOffer,
     Take,
     WorkerState,
 )
-from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings, is_own
+from schemas.settings import ModelSettings, NatsSettings, WorkerSettings
 from workers.attempt import Progress, run_attempt
 from workers.intake import Intake
 from workers.orphans import Orphans, Served
-from workers.providers.base import Provider
+from workers.receipt import receipt
 from workers.reporter import KEPT_FOR_S, ORPHAN_KEPT_FOR_S, KeptReports, Outbox, Reporter
+from workers.route import Route
 from workers.standby import Standby
 
 log = structlog.get_logger()
@@ -60,73 +56,6 @@ class Running:
     progress: Progress
     report: Reporter
     job: Job
-
-
-class Route:
-    """A route that this worker serves: a provider, and room for so many attempts at once.
-
-    In a *pool* other machines may serve it too, each with models of its own.
-    """
-
-    def __init__(
-        self, settings: RouteSettings, provider: Provider, models: tuple[ModelSettings, ...], *, pool: bool = False
-    ) -> None:
-        self.id = settings.id
-        self.provider = provider
-        self.models = models
-        self.slots = settings.slots
-        self.free = settings.slots
-        self.pool = pool
-        self.own = is_own(settings)
-        self.parameters = settings.parameters
-        self.intake: Intake | None = None
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self.down: str | None = None  # why it takes no jobs at the moment
-        self.held: str | None = None  # why its jobs wait in the queue for a short while
-
-    def take_slot(self) -> None:
-        self.free -= 1
-        self.idle.clear()
-
-    def free_slot(self) -> None:
-        self.free += 1
-        if self.free == self.slots:
-            self.idle.set()
-
-    def resize(self, slots: int) -> None:
-        """Room for so many attempts from now on. With fewer than run, none is taken until enough have ended."""
-        more, self.slots = slots - self.slots, slots
-        self.free += more
-        if self.intake is not None:
-            self.intake.resized(more)
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(model.name for model in self.models)
-
-    def offer(self) -> RouteOffer:
-        models = tuple(
-            ModelOffer(
-                name=model.name,
-                price=model.charged,
-                fingerprint=self.provider.fingerprint(model.name),
-                continues=self.provider.continues(model.name),
-            )
-            for model in self.models
-        )
-        return RouteOffer(
-            route=self.id,
-            provider=self.provider.name,
-            models=models,
-            slots=self.slots,
-            free=max(0, self.free),
-            down=self.down,
-            engine=self.provider.stats(),
-            own=self.own,
-            parameters=self.provider.parameters() if self.parameters is None else self.parameters,
-            held=self.held,
-            standing=self.provider.standing(),
-        )
 
 
 class Worker:
@@ -379,7 +308,7 @@ class Worker:
     async def _serve(self, route: Route, job: Job, report: Reporter, progress: Progress) -> None:
         try:
             outcome = await run_attempt(job, provider=route.provider, report=report, progress=progress)
-            self._log.note(self._receipt(route, job, report, progress, outcome))
+            self._log.note(receipt(job, route, report, progress, outcome, worker=self.id, producer=self._log.producer))
         except PenstockError as error:
             log.error("receipt_lost", request_id=job.request_id, epoch=job.epoch, error=error.message)
         except Exception:
@@ -395,36 +324,6 @@ class Worker:
             self._begin(route, waiting)
         elif route.intake is not None:
             route.intake.freed()
-
-    def _receipt(
-        self, route: Route, job: Job, report: Reporter, progress: Progress, outcome: Outcome
-    ) -> AttemptFinished:
-        kind, code, status = _told(outcome)
-        first = progress.first_chunk
-        return AttemptFinished(
-            id=EventId(new_id()),
-            ts_ns=time.time_ns(),
-            org=job.org,
-            request_id=job.request_id,
-            epoch=job.epoch,
-            producer=self._log.producer,
-            key_id=job.key_id,
-            route=route.id,
-            worker=self.id,
-            provider=route.provider.name,
-            model=job.model,
-            upstream_model=route.provider.upstream_model(job.model),
-            outcome=kind,
-            code=code,
-            upstream_status=status,
-            upstream_id=progress.upstream_id,
-            usage=progress.usage,
-            tokens_sent=report.tokens,
-            first_token_us=None if first is None else int((first - progress.began) * 1e6),
-            duration_us=int((time.monotonic() - progress.began) * 1e6),
-            finish_reason=progress.finish_reason,
-            tries=progress.tries,
-        )
 
     async def _on_command(self, msg: Message) -> None:
         try:
@@ -497,16 +396,3 @@ def _may_have(worker: WorkerId, job: Job, route: Route) -> bool:
     if job.continuation is not None:
         return True
     return worker not in job.not_workers and route.held is None and route.provider.admit(job)
-
-
-def _told(outcome: Outcome) -> tuple[str, str | None, int | None]:
-    """How the receipt tells an outcome: its kind, its code, the provider's status."""
-    match outcome:
-        case Completed():
-            return "completed", None, None
-        case Failed(fault=fault):
-            return "failed", fault.code, fault.status
-        case Cancelled(reason=reason):
-            return "cancelled", reason, None
-        case HandedBack(reason=reason):
-            return "handed_back", reason, None

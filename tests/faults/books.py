@@ -19,13 +19,17 @@ said AS (
         min(producer) FILTER (kind = 'request.accepted') AS ingress,
         count(*) FILTER (kind = 'attempt.finished') AS receipts,
         coalesce(list_contains(
-            list(epoch) FILTER (kind = 'attempt.finished'), max(epoch) FILTER (kind = 'request.finished')
+            list(epoch) FILTER (kind = 'attempt.finished' AND position < ended_at),
+            max(epoch) FILTER (kind = 'request.finished')
         ), false) AS counted,
         coalesce(bool_and((payload->>'$.announced')::BOOLEAN) FILTER (kind = 'request.accepted'), false) AS announced,
         count(*) FILTER (kind = 'request.accepted') AS accepted_events,
         count(*) FILTER (kind IN ('request.finished', 'request.rejected')) AS ended_events,
         coalesce(sum((payload->>'$.cost_pico')::BIGINT) FILTER (kind = 'request.finished'), 0)::BIGINT AS event_cost_pico
-    FROM events WHERE log = 'EVENTS' AND request_id IN (SELECT request_id FROM touched)
+    FROM (
+        SELECT *, min(position) FILTER (kind = 'request.finished') OVER (PARTITION BY request_id) AS ended_at
+        FROM events WHERE log = 'EVENTS' AND request_id IN (SELECT request_id FROM touched)
+    )
     GROUP BY request_id
 )
 SELECT

@@ -52,7 +52,7 @@ class Entry:
     migrations: int = 0
     ingress: str | None = None
     receipts: int = 0  # of workers
-    counted: bool = True  # the worker of the last attempt left one
+    counted: bool = True  # the worker of the last attempt had left one when the request ended
     announced: bool = True  # by an ingress that says that it is there; release 0.1.0's doesn't
     accepted_events: int = 0
     ended_events: int = 0

@@ -20,7 +20,8 @@ from schemas.settings import RouteSettings, WorkerSettings
 from workers.local.asker import Asker
 from workers.local.kinds import Kind, LocalModel, Models
 from workers.local.provider import local_server
-from workers.worker import Route, Worker
+from workers.route import Route
+from workers.worker import Worker
 
 log = structlog.get_logger()
 

@@ -28,7 +28,8 @@ from tests.integration.workers.rig import ROUTE, Desk
 from tests.waiting import eventually
 from workers.engine.phases import Phase
 from workers.providers.vllm import Vllm
-from workers.worker import Route, Worker
+from workers.route import Route
+from workers.worker import Worker
 
 MODELS = (ModelSettings(name="m"),)
 Start = Callable[..., Vllm]

@@ -50,7 +50,8 @@ from tests.mock_provider import MockProvider
 from tests.waiting import eventually
 from workers.providers import make_provider
 from workers.providers.accounts import Rules
-from workers.worker import Route, Worker
+from workers.route import Route
+from workers.worker import Worker
 
 CLIENT_KEY = "sk-test-client-0123456789"
 ADMIN_KEY = "sk-test-admin-0123456789"

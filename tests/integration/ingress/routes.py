@@ -20,7 +20,8 @@ from tests.integration.ingress.gateway import (
 )
 from tests.mock_provider import MockProvider
 from tests.waiting import eventually
-from workers.worker import Route, Worker
+from workers.route import Route
+from workers.worker import Worker
 
 
 @dataclass(kw_only=True)

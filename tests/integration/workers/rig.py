@@ -26,7 +26,8 @@ from schemas.jobs import Cancel, Command, Continues, EngineStats, Job, Lane, Pre
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, WorkerSettings
 from tests.factories import new_job
 from workers.providers.base import Chunk, Provider, Tell
-from workers.worker import Route, Worker
+from workers.route import Route
+from workers.worker import Worker
 
 INGRESS = IngressId("ingress-test")
 ROUTE = RouteId("pool")

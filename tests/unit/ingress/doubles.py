@@ -95,6 +95,9 @@ class Log:
         except TimeoutError as error:
             raise LogUnavailable from error
 
+    async def flush(self) -> None:
+        await self.open.wait()
+
     async def _wait(self) -> None:
         await self.open.wait()
         if self.broken:

@@ -491,6 +491,25 @@ async def test_a_process_that_stops_while_the_log_is_away_still_tells_its_client
     assert (client.status, _error_code(client)) == (503, "stopping")
 
 
+@pytest.mark.parametrize("body", [BODY, STREAM_BODY])
+async def test_what_is_on_record_after_all_is_what_a_process_that_stops_tells(body: bytes) -> None:
+    bench, client = Bench(), Client(body)
+    task = await bench.serve(client)
+    job = await bench.job()
+    bench.start(job)
+    await _turns()
+    bench.log.open.clear()
+    bench.finish(job, 1, text="a")
+    await eventually(lambda: "request.finished" in bench.log.kinds(), every_s=0)
+    task.cancel()
+    await _turns()
+    bench.log.open.set()
+    await task
+    assert bench.log.finished.status == "completed"
+    assert client.status == 200
+    assert b"stopping" not in b"".join(message.get("body", b"") for message in client.sent)
+
+
 async def test_a_defect_of_ours_costs_one_request_and_is_told_in_the_same_shape() -> None:
     bench, client = Bench(), Client()
     bench.queue.error = ZeroDivisionError()  # type: ignore[assignment]  # whatever nobody has foreseen
