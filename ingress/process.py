@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import structlog
 import uvicorn
+from starlette.types import ASGIApp
 
 from bus.claims import Claims
 from bus.connection import Connection, connect
@@ -39,7 +40,7 @@ from schemas import subjects
 from schemas.errors import LogUnavailable, SetupError
 from schemas.ids import IngressId
 from schemas.local import write_private
-from schemas.settings import Settings
+from schemas.settings import IngressSettings, Settings
 from schemas.tuning import settle_collector
 
 log = structlog.get_logger()
@@ -105,21 +106,7 @@ async def run_ingress(
         overdue=overdue,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings.ingress)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http=bounded_protocol(settings.ingress),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # nothing here depends on who the client says it is
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(settings.ingress.drain_s),
-        )
-    )
+    server = _http_server(app, settings.ingress)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, _stop, server)
     port = sock.getsockname()[1]
@@ -144,6 +131,24 @@ async def run_ingress(
     if event_log.fenced:
         raise LogUnavailable(FENCED)
     log.info("stopped")
+
+
+def _http_server(app: ASGIApp, settings: IngressSettings) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=bounded_protocol(settings),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # nothing here depends on who the client says it is
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(settings.drain_s),
+        )
+    )
 
 
 async def _end_when_fenced(fenced: asyncio.Event, server: uvicorn.Server) -> None:
