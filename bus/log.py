@@ -255,10 +255,26 @@ class EventLog:
 
         Raises: ApiError, BusUnavailable.
         """
-        try:
-            answer = await self._connection.api(f"STREAM.MSG.GET.{subjects.EVENTS}", {"last_by_subj": subject})
-        except ApiError as error:
-            if error.error_code == NO_MESSAGE:
-                return None
-            raise
-        return base64.b64decode(answer["message"].get("hdrs", ""))
+        message = await _last_message(self._connection, subject)
+        return None if message is None else base64.b64decode(message.get("hdrs", ""))
+
+
+async def last_page(connection: Connection, *, producer: str) -> list[bytes]:
+    """The events, a line each, of the last page that *producer* wrote; none if it wrote nothing.
+
+    Raises: ApiError, BusUnavailable.
+    """
+    message = await _last_message(connection, subjects.events(producer))
+    return [] if message is None else base64.b64decode(message.get("data", "")).split(b"\n")
+
+
+async def _last_message(connection: Connection, subject: str) -> dict[str, str] | None:
+    """Raises: ApiError, BusUnavailable."""
+    try:
+        answer = await connection.api(f"STREAM.MSG.GET.{subjects.EVENTS}", {"last_by_subj": subject})
+    except ApiError as error:
+        if error.error_code == NO_MESSAGE:
+            return None
+        raise
+    message: dict[str, str] = answer["message"]
+    return message

@@ -28,6 +28,7 @@ from ingress.policy.routing import Leg
 from ingress.policy.trail import HEDGE_LOST, Trail
 from ingress.policy.waits import Waits
 from ingress.problems import fault_of, problem_of
+from ingress.receipts import Receipts
 from ingress.relay import Switchboard, heard
 from ingress.router import Router
 from ingress.sse import usage_json
@@ -65,6 +66,7 @@ class Services:
     neighbours: Neighbours | None = None  # who may have answers that clients ask for here; None: nobody
     drain: Drain = field(default_factory=Drain)
     hedges: Hedges | None = None  # None: no second attempt while one runs
+    receipts: Receipts | None = None  # None: what a worker could not say is estimated
     overdue: Overdue | None = None  # None: what the queue gives to a silent worker waits for `ack_wait`
 
 
@@ -214,7 +216,7 @@ class Exchange:
         """Has another worker go on with the answer that *attempt* was giving. Raises: the error that broke it off, if none can."""
         delivered = self._continuing.delivered
         if delivered.finish_reason is not None:  # only its worker's last word was lost
-            return Done(_last_word(attempt.job, delivered.finish_reason))
+            return Done(await self._last_word(attempt, delivered.finish_reason))
         if self._break is None:
             self._break = Break(error, attempt.route, attempt.worker, attempt.heard_at)
             self.books.carry(attempt, delivered.tokens)
@@ -336,6 +338,15 @@ class Exchange:
             self.books.note_migrated(attempt, self._onward, broke=self._break, at=attempt.first_token_at)
             self._break = None
 
+    async def _last_word(self, attempt: Attempt, finish_reason: str) -> Finished:
+        """What *attempt*'s worker could not say any more, with its usage, if it has put that on record."""
+        job, receipts, usage = attempt.job, self._s.receipts, None
+        if receipts is not None and attempt.worker is not None:
+            usage = await receipts.usage(job, attempt.worker)
+        raw = None if usage is None else Raw(usage_json(usage))
+        frame = Finished(request_id=job.request_id, epoch=job.epoch, seq=0, finish_reason=finish_reason, usage=usage)
+        return self._whole(attempt, frame if raw is None else msgspec.structs.replace(frame, usage_raw=raw))
+
     def _whole(self, attempt: Attempt, frame: Finished) -> Finished:
         """*frame* with the usage of the whole answer, where it had several parts."""
         if self._onward is None:
@@ -430,11 +441,6 @@ class Exchange:
             not_workers=self._trail.not_workers(leg) if onward is None else (),
             continuation=None if onward is None else onward.continuation,
         )
-
-
-def _last_word(job: Job, finish_reason: str) -> Finished:
-    """What the worker of *job* could not say any more."""
-    return Finished(request_id=job.request_id, epoch=job.epoch, seq=0, finish_reason=finish_reason)
 
 
 def _with_chunks(chunks: list[Raw], frame: Finished) -> Finished:

@@ -34,6 +34,7 @@ from ingress.neighbours import Neighbours
 from ingress.overdue import Overdue
 from ingress.protocol import bounded_protocol
 from ingress.pulse import Pulse
+from ingress.receipts import Receipts
 from ingress.relay import Switchboard
 from ingress.router import Router
 from schemas import subjects
@@ -103,6 +104,7 @@ async def run_ingress(
         claims=Claims(connection, publisher),
         neighbours=neighbours,
         hedges=Hedges(router, after_s=settings.ingress.hedge_after_s) if settings.ingress.hedge else None,
+        receipts=Receipts(connection),
         overdue=overdue,
     )
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings.ingress)

@@ -12,6 +12,7 @@ from msgspec import Raw
 from ingress.chat import ChatCompletions
 from ingress.exchange import Services
 from ingress.fleet import Fleet
+from ingress.receipts import Receipts
 from ingress.relay import Relay, Switchboard
 from ingress.router import Router
 from schemas import codec
@@ -227,6 +228,7 @@ class Bench:
         settings: IngressSettings | None = None,
         max_bytes: int = BIG,
         keep_alive_comment_s: float = 60.0,
+        receipts: Receipts | None = None,
     ) -> None:
         self.log, self.queue, self.wall = Log(), Queue(), Wall()
         self.switchboard = Switchboard(self.wall, ingress=INGRESS, max_bytes_per_relay=max_bytes)  # type: ignore[arg-type]
@@ -245,6 +247,7 @@ class Bench:
             router=Router(self.fleet, control, RoutingSettings()),  # type: ignore[arg-type]
             timeouts=timeouts or Timeouts(),
             keep_alive_comment_s=keep_alive_comment_s,
+            receipts=receipts,
         )
         self.chat = ChatCompletions(
             services,

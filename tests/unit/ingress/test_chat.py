@@ -6,14 +6,16 @@ import asyncio
 
 import msgspec
 import pytest
+from msgspec import Raw
 
 from ingress.policy.trail import LOST_MAX
 from ingress.problems import CLIENT_LEFT_STATUS
+from ingress.receipts import Receipts
 from schemas import codec, subjects
 from schemas.errors import BacklogFull, QueueUnavailable, WorkerLost
 from schemas.frames import Delta, Faulted, Started, Yielded
 from schemas.ids import WorkerId
-from schemas.jobs import Cancel, Timeouts
+from schemas.jobs import Cancel, Job, Timeouts
 from schemas.money import Usage
 from schemas.settings import IngressSettings
 from tests.unit.ingress.doubles import BODY, INGRESS, STREAM_BODY, WORKER, Bench, Client, Message
@@ -508,6 +510,36 @@ async def test_what_is_on_record_after_all_is_what_a_process_that_stops_tells(bo
     assert bench.log.finished.status == "completed"
     assert client.status == 200
     assert b"stopping" not in b"".join(message.get("body", b"") for message in client.sent)
+
+
+class OnRecord(Receipts):
+    """The worker had put *usage* on record before it was lost, or nothing."""
+
+    def __init__(self, usage: Usage | None) -> None:
+        self._usage = usage
+
+    async def usage(self, job: Job, worker: WorkerId) -> Usage | None:
+        assert (job.epoch, worker) == (1, WORKER)
+        return self._usage
+
+
+@pytest.mark.parametrize("put", [None, Usage(prompt_tokens=7, completion_tokens=1)])
+async def test_a_worker_lost_behind_the_last_word_is_billed_by_its_receipt_if_there_is_one(put: Usage | None) -> None:
+    bench, client = Bench(receipts=OnRecord(put)), Client(STREAM_BODY)
+    task = await bench.serve(client)
+    job = await bench.job()
+    bench.start(job)
+    bench.say(job, 1, "a")
+    end = Raw(b'{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}')
+    bench.feed(job, Delta(request_id=job.request_id, epoch=job.epoch, seq=2, chunks=(end,)))
+    await _turns()
+    bench.switchboard.lose(WORKER)
+    await task
+    finished = bench.log.finished
+    assert (finished.status, finished.finish_reason, finished.usage.completion_tokens) == ("completed", "stop", 1)
+    assert finished.estimated is (put is None)
+    assert put is None or finished.usage == put
+    assert b"[DONE]" in client.body
 
 
 async def test_a_defect_of_ours_costs_one_request_and_is_told_in_the_same_shape() -> None:
