@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 10.0
 STEADY_AFTER_S = 2.0  # a process that served this long begins again with the shortest back-off
 KILL_GRACE_S = 10.0
+STOP_WAIT_S = 60.0
+STOP_EXTRA_S = 10.0  # for a role to stop in, besides the time that what runs has for its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Command:
     ready_file: Path
     environ: Mapping[str, str] = field(default_factory=dict)
     pass_fds: tuple[int, ...] = ()
-    stop_wait_s: float = 60.0
+    stop_wait_s: float = STOP_WAIT_S
 
 
 class Child:
@@ -107,6 +110,13 @@ class Child:
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
+
+
+def end_within(limit_s: float) -> None:
+    """Ends this process if it is still there after *limit_s*: whoever would kill it may be gone, as when `up` was killed."""
+    timer = threading.Timer(limit_s + KILL_GRACE_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 class Supervisor:

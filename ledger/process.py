@@ -20,6 +20,7 @@ import uvicorn
 from bus.connection import Connection, connect
 from bus.log import EventLog
 from bus.presence import Roll
+from bus.processes import STOP_WAIT_S, end_within
 from bus.publisher import Publisher
 from bus.streams import await_streams
 from ledger.opens import StoredOpens
@@ -60,8 +61,13 @@ async def run_ledger(settings: Settings, place: Place) -> None:
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        end_within(STOP_WAIT_S)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, on_signal)
     bound_memory(settings.ledger)
     store = Store.open(place.home / FILE, settings.ledger)
     queries = Queries(store.cursor, settings.ledger)

@@ -15,6 +15,7 @@ import structlog
 
 from bus.connection import connect
 from bus.log import EventLog
+from bus.processes import STOP_EXTRA_S, end_within
 from bus.publisher import Publisher
 from schemas.errors import PenstockError
 from schemas.ids import WorkerId
@@ -69,10 +70,13 @@ async def run_worker(
         version=version,
     )
     stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        end_within(2 * settings.worker.drain_s + STOP_EXTRA_S)
+        (stop_now if stop.is_set() else stop).set()
+
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(
-            signal_number, lambda: stop_now.set() if stop.is_set() else stop.set()
-        )
+        asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
     await worker.start()
     unnamed = [route for route in routes if not route.models]
     asked = [asyncio.Event() for _ in unnamed]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -118,3 +120,9 @@ async def _watching(supervisor: Supervisor) -> AsyncIterator[None]:
     yield
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+
+
+def test_a_process_that_nobody_is_there_to_kill_ends_by_itself() -> None:
+    """Whatever its event loop does, and though nobody waits for it."""
+    script = "import time; from bus import processes; processes.KILL_GRACE_S = 0.1; processes.end_within(0.1); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=30, check=False).returncode == 1
