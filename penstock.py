@@ -170,7 +170,7 @@ def _commands(
     ledger: socket.socket,
 ) -> list[Any]:
     """What each role runs, in the order in which they are stopped: first who takes requests, last who records them."""
-    from bus.processes import STOP_EXTRA_S, Command  # noqa: PLC0415
+    from bus.processes import Command  # noqa: PLC0415
 
     run = home / "run"
     run.mkdir(exist_ok=True, mode=0o700)
@@ -189,7 +189,6 @@ def _commands(
             **more,
         )
 
-    worker_stop_wait_s = 2 * settings.worker.drain_s + STOP_EXTRA_S
     ingresses = ["ingress"] + [f"ingress-{number}" for number in range(2, settings.up.ingresses + 1)]
     workers = ["worker"] + [f"worker-{number}" for number in range(2, settings.up.workers + 1)]
     return [
@@ -199,7 +198,7 @@ def _commands(
                 *("ingress", "--fd", str(api.fileno())),
                 environ=given,
                 pass_fds=(api.fileno(),),
-                stop_wait_s=settings.ingress.drain_s + STOP_EXTRA_S,
+                stop_wait_s=settings.ingress.stop_wait_s,
             )
             for role in ingresses
         ),
@@ -210,7 +209,7 @@ def _commands(
                 "worker",
                 *(() if role == "worker" else ("--no-discover",)),
                 environ={"PENSTOCK_WORKER_RUN_FOLDER": str(run / role)},
-                stop_wait_s=worker_stop_wait_s,
+                stop_wait_s=settings.worker.stop_wait_s,
             )
             for role in workers
         ),

@@ -8,7 +8,7 @@ import math
 import msgspec
 import structlog
 
-from bus.connection import ApiError, BusUnavailable, Connection
+from bus.connection import WRONG_LAST_SEQUENCE, ApiError, BusUnavailable, Connection
 from bus.publisher import Publisher
 from schemas import codec, subjects
 from schemas.again import Holder
@@ -18,7 +18,6 @@ log = structlog.get_logger()
 
 CLAIM_TIMEOUT_S = 5.0
 TRIES_MAX = 5  # of somebody who always finds that another was quicker, and then that nobody is
-WRONG_LAST_SEQUENCE = (10071, 10164)
 NO_MESSAGE = 10037
 
 

@@ -29,6 +29,9 @@ PING_EVERY_S = 5.0  # a server that doesn't answer two of them is given up: a cu
 PINGS_UNANSWERED_MAX = 2
 SETTLE_TIMEOUT_S = 1.0
 
+WRONG_LAST_SEQUENCE = frozenset(
+    {10071, 10164}
+)  # of an ApiError; the latter in a cluster, while another message is on its way
 KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py handles as it should
 
 LISTEN_BYTES_MAX = 512 * 1024 * 1024  # of one subscription, received and not handled yet
@@ -41,7 +44,16 @@ Reconnected = Callable[[], Awaitable[None]]
 Forget = Callable[[], None]
 OnMessage = Callable[[Message], Awaitable[None]]
 
-__all__ = ["ApiError", "BusUnavailable", "Connection", "Message", "MessageTooLarge", "api_answer", "connect"]
+__all__ = [
+    "WRONG_LAST_SEQUENCE",
+    "ApiError",
+    "BusUnavailable",
+    "Connection",
+    "Message",
+    "MessageTooLarge",
+    "api_answer",
+    "connect",
+]
 
 
 class ApiError(PenstockError):
@@ -296,11 +308,8 @@ async def connect(
                 max_outstanding_pings=PINGS_UNANSWERED_MAX,
                 pending_size=PENDING_BYTES_MAX,
             )
-    except (
-        nats.errors.Error,
-        OSError,
-        RuntimeError,
-    ) as error:  # uvloop's, where the socket is closed while it shakes hands
+    # TimeoutError is an OSError; uvloop raises a RuntimeError where the socket is closed while it shakes hands.
+    except (nats.errors.Error, OSError, RuntimeError) as error:
         reason = _reason(connection.nc.last_error or error)
         if connection.nc.is_connecting:  # cut off while shaking hands: the socket is open
             await connection.close()

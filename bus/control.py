@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from bus.connection import ApiError, BusUnavailable, Connection, MessageTooLarge
+from bus.connection import WRONG_LAST_SEQUENCE, ApiError, BusUnavailable, Connection, MessageTooLarge
 from bus.publisher import Publisher
 from bus.reader import OrderedReader, StoredMessage
 from schemas import codec, subjects
@@ -17,7 +17,6 @@ from schemas.errors import Conflict, LogUnavailable, PenstockError
 
 log = structlog.get_logger()
 
-WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # the latter in a cluster, while another's word is on its way
 STATE_TIMEOUT_S = 5.0
 BATCH_MAX = 500
 CATCH_UP_TIMEOUT_S = 20.0

@@ -16,7 +16,7 @@ from itertools import count
 
 import structlog
 
-from bus.connection import ApiError, BusUnavailable, Connection, MessageTooLarge
+from bus.connection import WRONG_LAST_SEQUENCE, ApiError, BusUnavailable, Connection, MessageTooLarge
 from bus.publisher import Publisher
 from bus.streams import PAGE_MAX_BYTES
 from schemas import codec, subjects
@@ -39,7 +39,6 @@ EXPECTED_LAST_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 NO_MESSAGE = 10037
 PAGE_REFUSED = 10054  # "message size exceeds maximum allowed": trying again can't help
-WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # there is a fence; in a cluster also: this page is on its way already
 FENCED = "This server was out of reach for too long, and its requests have been closed. Retry."
 
 
@@ -215,7 +214,7 @@ class EventLog:
         try:
             await self._publisher.publish(self._subject, page, timeout_s=ACK_TIMEOUT_S, headers=headers)
         except ApiError as error:
-            if error.error_code not in WRONG_LAST_SEQUENCE:
+            if error.error_code not in WRONG_LAST_SEQUENCE:  # it may be a fence, or this page itself
                 raise
             if await self._is_last(number):
                 return True  # stored before the fence, and its acknowledgement was lost

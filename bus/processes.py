@@ -30,7 +30,6 @@ BACKOFF_MAX_S = 10.0
 STEADY_AFTER_S = 2.0  # a process that served this long begins again with the shortest back-off
 KILL_GRACE_S = 10.0
 STOP_WAIT_S = 60.0
-STOP_EXTRA_S = 10.0  # for a role to stop in, besides the time that what runs has for its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +111,9 @@ class Child:
             self.process.kill()
 
 
-def end_within(limit_s: float) -> None:
-    """Ends this process if it is still there after *limit_s*: whoever would kill it may be gone, as when `up` was killed."""
-    timer = threading.Timer(limit_s + KILL_GRACE_S, os._exit, (1,))
+def end_after(stop_wait_s: float) -> None:
+    """Ends this process if it hasn't stopped after *stop_wait_s* and some grace: who would kill it may be gone, as a killed `up`."""
+    timer = threading.Timer(stop_wait_s + KILL_GRACE_S, os._exit, (1,))
     timer.daemon = True
     timer.start()
 

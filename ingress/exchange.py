@@ -43,7 +43,7 @@ from schemas.errors import (
     WorkerStalled,
     WorkerYielded,
 )
-from schemas.frames import Delta, Faulted, Finished, Started, Yielded
+from schemas.frames import NOT_TOLD, Delta, Faulted, Finished, Started, Yielded
 from schemas.ids import IngressId, new_nonce
 from schemas.jobs import Job, Timeouts
 
@@ -343,9 +343,15 @@ class Exchange:
         job, receipts, usage = attempt.job, self._s.receipts, None
         if receipts is not None and attempt.worker is not None:
             usage = await receipts.usage(job, attempt.worker)
-        raw = None if usage is None else Raw(usage_json(usage))
-        frame = Finished(request_id=job.request_id, epoch=job.epoch, seq=0, finish_reason=finish_reason, usage=usage)
-        return self._whole(attempt, frame if raw is None else msgspec.structs.replace(frame, usage_raw=raw))
+        frame = Finished(
+            request_id=job.request_id,
+            epoch=job.epoch,
+            seq=0,
+            finish_reason=finish_reason,
+            usage=usage,
+            usage_raw=NOT_TOLD if usage is None else Raw(usage_json(usage)),
+        )
+        return self._whole(attempt, frame)
 
     def _whole(self, attempt: Attempt, frame: Finished) -> Finished:
         """*frame* with the usage of the whole answer, where it had several parts."""

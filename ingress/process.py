@@ -21,7 +21,7 @@ from bus.connection import Connection, connect
 from bus.control import ControlFeed
 from bus.log import FENCED, EventLog
 from bus.presence import Beacon
-from bus.processes import STOP_EXTRA_S, end_within
+from bus.processes import end_after
 from bus.publisher import Publisher
 from bus.queue import JobQueue
 from bus.streams import await_streams, ensure_streams
@@ -111,9 +111,7 @@ async def run_ingress(
     app = build_app(connection, services, control=control, fleet=fleet, settings=settings.ingress)
     server = _http_server(app, settings.ingress)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(
-            signal_number, _stop, server, settings.ingress.drain_s + STOP_EXTRA_S
-        )
+        asyncio.get_running_loop().add_signal_handler(signal_number, _stop, server, settings.ingress)
     port = sock.getsockname()[1]
     log.info("listening", host=settings.ingress.host, port=port)
     settle_collector()
@@ -192,9 +190,9 @@ def _raise_open_files(wanted: int) -> None:
         log.warning("open_files_limited", allowed=allowed, wanted=wanted)
 
 
-def _stop(server: uvicorn.Server, limit_s: float) -> None:
+def _stop(server: uvicorn.Server, settings: IngressSettings) -> None:
     log.info("stopping")
-    end_within(limit_s)
+    end_after(settings.stop_wait_s)
     server.should_exit = True
 
 

@@ -20,7 +20,7 @@ import uvicorn
 from bus.connection import Connection, connect
 from bus.log import EventLog
 from bus.presence import Roll
-from bus.processes import STOP_WAIT_S, end_within
+from bus.processes import STOP_WAIT_S, end_after
 from bus.publisher import Publisher
 from bus.streams import await_streams
 from ledger.opens import StoredOpens
@@ -63,7 +63,7 @@ async def run_ledger(settings: Settings, place: Place) -> None:
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
-        end_within(STOP_WAIT_S)
+        end_after(STOP_WAIT_S)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

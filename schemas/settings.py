@@ -62,6 +62,9 @@ class TimeoutsMax(Timeouts, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     total_s: float = 14_400.0
 
 
+STOP_EXTRA_S = 10.0  # for a role to stop in, besides the time that what runs has for its end
+
+
 class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
@@ -87,6 +90,11 @@ class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
     timeouts: Timeouts = Timeouts()  # where neither the request nor its key nor the route says another
     timeouts_max: TimeoutsMax = TimeoutsMax()
 
+    @property
+    def stop_wait_s(self) -> float:
+        """How long its process may take to stop."""
+        return self.drain_s + STOP_EXTRA_S
+
 
 class RoutingSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """In which order an ingress tries the routes of a model, and how long it leaves one alone after a fault."""
@@ -98,7 +106,7 @@ class RoutingSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    drain_s: float = 30.0
+    drain_s: float = 30.0  # for what runs to finish, and again to be handed back
     connect_timeout_s: float = 10.0
     first_byte_timeout_s: float = 300.0
     idle_timeout_s: float = 120.0
@@ -112,6 +120,11 @@ class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     discover: bool | None = None  # look for model servers on this machine; default: where no route is configured
     discover_addresses: tuple[str, ...] = LOCAL_ADDRESSES
+
+    @property
+    def stop_wait_s(self) -> float:
+        """How long its process may take to stop."""
+        return 2 * self.drain_s + STOP_EXTRA_S
 
 
 class LedgerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ import structlog
 
 from bus.connection import connect
 from bus.log import EventLog
-from bus.processes import STOP_EXTRA_S, end_within
+from bus.processes import end_after
 from bus.publisher import Publisher
 from schemas.errors import PenstockError
 from schemas.ids import WorkerId
@@ -72,7 +72,7 @@ async def run_worker(
     stop, stop_now = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        end_within(2 * settings.worker.drain_s + STOP_EXTRA_S)
+        end_after(settings.worker.stop_wait_s)
         (stop_now if stop.is_set() else stop).set()
 
     for signal_number in (signal.SIGTERM, signal.SIGINT):

@@ -42,7 +42,7 @@ COMMENT ON VIEW requests IS 'One row for each request: finished, rejected, or st
 COMMENT ON COLUMN requests.request_id IS 'UUIDv7; a completion''s id is chatcmpl- and the same 32 hex digits.';
 COMMENT ON COLUMN requests.org IS 'Whose request it was.';
 COMMENT ON COLUMN requests.key_id IS 'The key it was made with; NULL if there was none that is known.';
-COMMENT ON COLUMN requests.model IS 'The public name of the model that answered, or else of the one that was asked for.';
+COMMENT ON COLUMN requests.model IS 'The public name that was asked for.';
 COMMENT ON COLUMN requests.route IS 'Where the last attempt ran; NULL if none did.';
 COMMENT ON COLUMN requests.worker IS 'Who ran the last attempt.';
 COMMENT ON COLUMN requests.status IS 'completed, failed, cancelled (the client left), rejected (refused before any work), open (under way).';

@@ -124,5 +124,7 @@ async def _watching(supervisor: Supervisor) -> AsyncIterator[None]:
 
 def test_a_process_that_nobody_is_there_to_kill_ends_by_itself() -> None:
     """Whatever its event loop does, and though nobody waits for it."""
-    script = "import time; from bus import processes; processes.KILL_GRACE_S = 0.1; processes.end_within(0.1); time.sleep(60)"
+    script = (
+        "import time; from bus import processes; processes.KILL_GRACE_S = 0.1; processes.end_after(0.1); time.sleep(60)"
+    )
     assert subprocess.run([sys.executable, "-c", script], timeout=30, check=False).returncode == 1

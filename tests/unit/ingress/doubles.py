@@ -217,6 +217,12 @@ class Client:
         return bool(self.sent) and self.sent[-1].get("more_body") is False
 
 
+async def turns(count: int = 20) -> None:
+    """Lets everything that is ready run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 class Bench:
     """The chat endpoint with doubles around it."""
 
@@ -276,6 +282,17 @@ class Bench:
         """The *number*-th job that was published."""
         await eventually(lambda: len(self.queue.jobs) >= number, what=f"job {number}", every_s=0)
         return self.queue.jobs[number - 1]
+
+    async def serve_until_recorded(self, client: Client) -> asyncio.Task[None]:
+        """Serves *client* as far as its closing event, of an answer of one token, which waits for a log that is away."""
+        task = await self.serve(client)
+        job = await self.job()
+        self.start(job)
+        await turns()
+        self.log.open.clear()
+        self.finish(job, 1, text="a")
+        await eventually(lambda: "request.finished" in self.log.kinds(), every_s=0)
+        return task
 
     def relay(self, job: Job) -> Relay:
         return self.switchboard._relays[job.nonce]

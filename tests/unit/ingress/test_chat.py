@@ -18,16 +18,10 @@ from schemas.ids import WorkerId
 from schemas.jobs import Cancel, Job, Timeouts
 from schemas.money import Usage
 from schemas.settings import IngressSettings
-from tests.unit.ingress.doubles import BODY, INGRESS, STREAM_BODY, WORKER, Bench, Client, Message
+from tests.unit.ingress.doubles import BODY, INGRESS, STREAM_BODY, WORKER, Bench, Client, Message, turns
 from tests.waiting import eventually
 
 OTHER = WorkerId("worker-b")
-
-
-async def _turns(count: int = 20) -> None:
-    """Lets everything that is ready run."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def _error_code(client: Client) -> str:
@@ -46,7 +40,7 @@ async def test_no_byte_goes_out_before_the_acceptance_is_on_record() -> None:
     job = await bench.job()
     bench.start(job)
     bench.say(job, 1, "a")
-    await _turns()
+    await turns()
     assert client.sent == []
     bench.log.open.set()
     await eventually(lambda: b'"content":"a"' in client.body)
@@ -57,14 +51,8 @@ async def test_no_byte_goes_out_before_the_acceptance_is_on_record() -> None:
 @pytest.mark.parametrize("body", [BODY, STREAM_BODY])
 async def test_the_last_byte_goes_out_after_the_closing_event(body: bytes) -> None:
     bench, client = Bench(), Client(body)
-    task = await bench.serve(client)
-    job = await bench.job()
-    bench.start(job)
-    await _turns()
-    bench.log.open.clear()
-    bench.finish(job, 1, text="a")
-    await eventually(lambda: "request.finished" in bench.log.kinds(), every_s=0)
-    await _turns()
+    task = await bench.serve_until_recorded(client)
+    await turns()
     assert not client.is_over
     assert b"[DONE]" not in client.body
     bench.log.open.set()
@@ -77,12 +65,12 @@ async def test_a_client_that_leaves_while_the_job_is_published_has_it_withdrawn(
     bench, client = Bench(), Client()
     bench.queue.open.clear()
     task = await bench.serve(client)
-    await _turns()
+    await turns()
     client.leave()
-    await _turns()
+    await turns()
     bench.queue.open.set()
     await task
-    await _turns()
+    await turns()
     assert bench.queue.withdrawn == [1]
     assert client.sent == []
     assert bench.log.finished.status == "cancelled"
@@ -97,10 +85,10 @@ async def test_a_client_that_leaves_while_the_acceptance_is_written_stops_the_wo
     task = await bench.serve(client)
     bench.start(await bench.job())
     client.leave()
-    await _turns()
+    await turns()
     bench.log.open.set()
     await task
-    await _turns()
+    await turns()
     assert _cancels(bench) == ["client_left"]
     assert bench.log.finished.usage.prompt_tokens > 0
     assert bench.log.finished.worker == WORKER
@@ -116,7 +104,7 @@ async def test_a_client_that_leaves_stops_the_worker_and_hears_nothing_more() ->
     await eventually(lambda: b'"content":"b"' in client.body)
     client.leave()
     await task
-    await _turns()
+    await turns()
     assert _cancels(bench) == ["client_left"]
     event = bench.log.finished
     assert (event.status, event.http_status, event.code) == ("cancelled", CLIENT_LEFT_STATUS, "client_left")
@@ -145,7 +133,7 @@ async def test_a_client_that_leaves_as_its_worker_is_lost_is_not_served_again() 
     task = await bench.serve(client)
     job = await bench.job()
     bench.start(job)
-    await _turns()
+    await turns()
     relay = bench.relay(job)
     client.leave()
     await asyncio.sleep(0)
@@ -160,14 +148,14 @@ async def test_a_client_that_leaves_while_its_worker_hands_back_has_left() -> No
     bench, client = Bench(), Client(STREAM_BODY)
     task = await bench.serve(client)
     job = await bench.job()
-    await _turns()
+    await turns()
     client.writable.clear()
     bench.start(job)
     bench.say(job, 1, "a")
     bench.feed(job, Yielded(request_id=job.request_id, epoch=1, seq=2, reason="worker_draining"))
-    await _turns()
+    await turns()
     client.leave(unstuck=False)
-    await _turns()
+    await turns()
     client.writable.set()
     await task
     assert (bench.log.finished.status, bench.log.finished.code) == ("cancelled", "client_left")
@@ -177,7 +165,7 @@ async def test_a_client_that_leaves_while_its_worker_hands_back_has_left() -> No
 async def test_a_client_that_leaves_before_its_body_is_whole_is_recorded_and_told_nothing() -> None:
     bench, client = Bench(), Client(BODY[:20], whole=False)
     task = await bench.serve(client)
-    await _turns()
+    await turns()
     client.leave()
     await task
     assert (bench.log.rejected.code, bench.log.rejected.http_status) == ("client_left", CLIENT_LEFT_STATUS)
@@ -216,7 +204,7 @@ async def test_a_refused_body_is_read_on_so_that_its_sender_reads_why() -> None:
     await eventually(lambda: client.status == 413)
     assert not client.is_over
     client.part(b"x" * 100, more=True)
-    await _turns()
+    await turns()
     assert not task.done()
     client.part(b"", more=False)
     await task
@@ -228,7 +216,7 @@ async def test_a_lost_worker_is_replaced_when_nothing_was_delivered() -> None:
     task = await bench.serve(client)
     first = await bench.job()
     bench.start(first)
-    await _turns()
+    await turns()
     bench.switchboard.lose(WORKER)
     second = await bench.job(2)
     assert (first.route, second.route) == ("r1", "r2")
@@ -249,7 +237,7 @@ async def test_what_a_lost_attempt_said_is_not_counted_for_the_next() -> None:
     first = await bench.job()
     bench.start(first)
     bench.say(first, 1, "lost", "words")
-    await _turns()
+    await turns()
     bench.switchboard.lose(WORKER)
     second = await bench.job(2)
     bench.start(second)
@@ -264,7 +252,7 @@ async def test_after_so_many_lost_attempts_it_is_an_error() -> None:
     task = await bench.serve(client)
     for number in range(1, LOST_MAX + 1):
         bench.start(await bench.job(number))
-        await _turns()
+        await turns()
         bench.switchboard.lose(WORKER)
     await task
     assert (client.status, _error_code(client)) == (502, "worker_lost")
@@ -333,7 +321,7 @@ async def test_a_second_worker_with_the_same_job_is_told_to_stop_and_changes_not
         await on_frame(Message(subject, codec.encode(frame)))
     bench.finish(job, 2)
     await task
-    await _turns()
+    await turns()
     assert b"strange" not in client.body
     assert b"[DONE]" in client.body
     assert [(s, c.reason) for s, c in bench.wall.commands if isinstance(c, Cancel)] == [
@@ -348,7 +336,7 @@ async def test_after_a_reconnect_a_job_that_nobody_has_begun_is_published_again_
     await bench.switchboard.start()
     task = await bench.serve(client)
     first = await bench.job()
-    await _turns()
+    await turns()
     for callback in bench.wall.reconnected:
         await callback()
     again = await bench.job(2)
@@ -356,7 +344,7 @@ async def test_after_a_reconnect_a_job_that_nobody_has_begun_is_published_again_
     bench.start(first)
     for callback in bench.wall.reconnected:
         await callback()
-    await _turns()
+    await turns()
     assert len(bench.queue.jobs) == 2
     bench.finish(first, 1, text="a")
     await task
@@ -370,14 +358,14 @@ async def test_a_job_that_is_published_again_while_its_client_leaves_is_withdraw
     await bench.switchboard.start()
     task = await bench.serve(client)
     await bench.job()
-    await _turns()
+    await turns()
     bench.queue.open.clear()
     for callback in bench.wall.reconnected:
         await callback()
     client.leave()
     await task
     bench.queue.open.set()
-    await _turns()
+    await turns()
     assert len(bench.queue.jobs) == 2
     assert set(bench.queue.withdrawn) == {1, 2}
 
@@ -394,9 +382,9 @@ async def test_a_slow_reader_is_cut_off_though_a_write_to_it_is_stuck() -> None:
     for seq in range(2, 10):
         delta = Delta(request_id=job.request_id, epoch=1, seq=seq, chunks=(msgspec.Raw(b'{"choices":[]}'),))
         relay.feed(delta, 60, worker=WORKER)
-        await _turns(3)
+        await turns(3)
     await task
-    await _turns()
+    await turns()
     assert client.cut
     assert _cancels(bench) == ["client_too_slow"]
     assert (bench.log.finished.status, bench.log.finished.code) == ("cancelled", "client_too_slow")
@@ -414,7 +402,7 @@ async def test_each_time_out_has_its_name_and_stops_the_work(limit: str, code: s
     if limit != "queue_s":
         bench.start(job)
     await task
-    await _turns()
+    await turns()
     assert (client.status, _error_code(client)) == (504, code)
     assert bench.queue.withdrawn == ([1] if limit == "queue_s" else [])
     assert _cancels(bench) == ([] if limit == "queue_s" else [code])
@@ -445,7 +433,7 @@ async def test_a_log_that_fails_is_a_503_and_the_work_is_stopped() -> None:
     bench.log.broken = True
     task = await bench.serve(client)
     await task
-    await _turns()
+    await turns()
     assert (client.status, _error_code(client)) == (503, "log_unavailable")
     assert bench.queue.withdrawn == [1]
 
@@ -470,10 +458,10 @@ async def test_a_process_that_waits_no_longer_tells_its_clients_and_stops_the_wo
     task = await bench.serve(client)
     job = await bench.job()
     bench.start(job)
-    await _turns()
+    await turns()
     task.cancel()
     await task
-    await _turns()
+    await turns()
     assert (client.status, _error_code(client)) == (503, "stopping")
     assert _cancels(bench) == ["ingress_stopping"]
     assert bench.log.finished.code == "stopping"
@@ -481,13 +469,7 @@ async def test_a_process_that_waits_no_longer_tells_its_clients_and_stops_the_wo
 
 async def test_a_process_that_stops_while_the_log_is_away_still_tells_its_clients() -> None:
     bench, client = Bench(), Client()
-    task = await bench.serve(client)
-    job = await bench.job()
-    bench.start(job)
-    await _turns()
-    bench.log.open.clear()
-    bench.finish(job, 1, text="a")
-    await eventually(lambda: "request.finished" in bench.log.kinds(), every_s=0)
+    task = await bench.serve_until_recorded(client)
     task.cancel()
     await task
     assert (client.status, _error_code(client)) == (503, "stopping")
@@ -496,15 +478,9 @@ async def test_a_process_that_stops_while_the_log_is_away_still_tells_its_client
 @pytest.mark.parametrize("body", [BODY, STREAM_BODY])
 async def test_what_is_on_record_after_all_is_what_a_process_that_stops_tells(body: bytes) -> None:
     bench, client = Bench(), Client(body)
-    task = await bench.serve(client)
-    job = await bench.job()
-    bench.start(job)
-    await _turns()
-    bench.log.open.clear()
-    bench.finish(job, 1, text="a")
-    await eventually(lambda: "request.finished" in bench.log.kinds(), every_s=0)
+    task = await bench.serve_until_recorded(client)
     task.cancel()
-    await _turns()
+    await turns()
     bench.log.open.set()
     await task
     assert bench.log.finished.status == "completed"
@@ -532,7 +508,7 @@ async def test_a_worker_lost_behind_the_last_word_is_billed_by_its_receipt_if_th
     bench.say(job, 1, "a")
     end = Raw(b'{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}')
     bench.feed(job, Delta(request_id=job.request_id, epoch=job.epoch, seq=2, chunks=(end,)))
-    await _turns()
+    await turns()
     bench.switchboard.lose(WORKER)
     await task
     finished = bench.log.finished

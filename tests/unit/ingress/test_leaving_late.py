@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from schemas.frames import Faulted, Started
 from schemas.ids import WorkerId
 from schemas.jobs import Cancel
 from schemas.money import Usage
-from tests.unit.ingress.doubles import BODY, STREAM_BODY, Bench, Client
+from tests.unit.ingress.doubles import BODY, STREAM_BODY, Bench, Client, turns
 from tests.waiting import eventually
 
 OTHER = WorkerId("worker-b")
-
-
-async def _turns(count: int = 20) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def _cancels(bench: Bench) -> list[str]:
@@ -33,12 +26,12 @@ async def test_between_the_last_token_and_the_end_it_pays_for_all_that_it_read()
     bench.say(job, 1, "a", "b", "c")
     await eventually(lambda: b'"content":"c"' in client.body)
     client.leave()
-    await _turns(2)
+    await turns(2)
     await task
     assert (bench.log.finished.status, bench.log.finished.code) == ("cancelled", "client_left")
     assert (bench.log.finished.usage.completion_tokens, bench.log.finished.estimated) == (3, True)
     assert bench.log.finished.cost_pico > 0
-    await _turns()
+    await turns()
     assert _cancels(bench) == ["client_left"]
 
 
@@ -60,15 +53,9 @@ async def test_in_the_turn_in_which_the_end_comes_it_pays_for_all_that_it_read()
 @pytest.mark.parametrize("body", [BODY, STREAM_BODY])
 async def test_just_before_the_closing_event_is_durable_it_pays_for_the_whole(body: bytes) -> None:
     bench, client = Bench(), Client(body)
-    task = await bench.serve(client)
-    job = await bench.job()
-    bench.start(job)
-    await _turns()
-    bench.log.open.clear()
-    bench.finish(job, 1, text="a")
-    await eventually(lambda: "request.finished" in bench.log.kinds(), every_s=0)
+    task = await bench.serve_until_recorded(client)
     client.leave()
-    await _turns()
+    await turns()
     bench.log.open.set()
     await task
     assert (bench.log.finished.status, bench.log.finished.usage.completion_tokens) == ("completed", 1)
@@ -82,7 +69,7 @@ async def test_before_the_first_word_but_after_the_role_it_pays_for_its_prompt()
     job = await bench.job()
     bench.start(job)
     bench.role(job, 1)
-    await _turns()
+    await turns()
     assert client.sent == []
     client.leave()
     await task
@@ -100,7 +87,7 @@ async def test_after_its_first_route_failed_and_before_the_second_began_it_pays_
     await bench.job(2)
     client.leave()
     await task
-    await _turns()
+    await turns()
     assert (bench.log.finished.status, bench.log.finished.usage) == ("cancelled", Usage())
     assert bench.queue.withdrawn == [2]
     assert len(bench.switchboard) == 0
@@ -111,7 +98,7 @@ async def test_as_its_first_route_fails_nothing_more_is_begun() -> None:
     task = await bench.serve(client)
     first = await bench.job()
     bench.start(first)
-    await _turns()
+    await turns()
     client.leave()
     relay = bench.relay(first)
     relay.feed(
@@ -120,7 +107,7 @@ async def test_as_its_first_route_fails_nothing_more_is_begun() -> None:
         worker=WorkerId("worker-a"),
     )
     await task
-    await _turns()
+    await turns()
     assert bench.log.finished.status == "cancelled"
     assert len(bench.queue.jobs) - len(bench.queue.withdrawn) == 1
     assert len(bench.switchboard) == 0

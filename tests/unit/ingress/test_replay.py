@@ -15,15 +15,10 @@ from schemas.again import Ask, Page
 from schemas.events import RequestReplayed
 from schemas.ids import KeyId, OrgId, RequestId
 from schemas.settings import IngressSettings
-from tests.unit.ingress.doubles import BODY, INGRESS, STREAM_BODY, Bench, Client
+from tests.unit.ingress.doubles import BODY, INGRESS, STREAM_BODY, Bench, Client, turns
 from tests.waiting import eventually
 
 KEYED = {"Idempotency-Key": "k"}
-
-
-async def _turns(count: int = 20) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def _code(client: Client) -> str:
@@ -37,11 +32,11 @@ async def test_the_last_byte_waits_for_the_closing_event_for_every_reader(body: 
     job = await bench.job()
     tasks.append(await bench.serve(second, headers=KEYED))
     bench.start(job)
-    await _turns()
+    await turns()
     bench.log.open.clear()
     bench.finish(job, 1, text="a")
     await eventually(lambda: "request.finished" in bench.log.kinds(), every_s=0)
-    await _turns()
+    await turns()
     assert not first.is_over
     assert not second.is_over
     bench.log.open.set()
@@ -88,7 +83,7 @@ async def test_a_client_that_does_not_read_does_not_stop_the_work() -> None:
     bench.start(job)
     for seq in range(1, 20):
         bench.say(job, seq, "x")
-        await _turns(5)
+        await turns(5)
     bench.finish(job, 20)
     await tasks[1]
     assert b"[DONE]" in other.body
@@ -109,7 +104,7 @@ async def test_a_drain_waits_for_a_request_whose_client_is_away_and_its_end_is_r
     assert bench.chat._held_bytes == len(STREAM_BODY)
     bench.finish(job, 1, text="a")
     await asyncio.gather(*bench.tasks)
-    await _turns()
+    await turns()
     assert bench.chat._held_bytes == 0
     assert bench.log.finished.status == "completed"
 
@@ -138,10 +133,10 @@ async def test_what_a_slow_client_was_being_told_at_the_end_of_the_drain_is_not_
     await eventually(lambda: b'"content":"a"' in client.body)
     client.writable.clear()
     bench.say(job, 2, "b")
-    await _turns()
+    await turns()
     for running in (*bench.tasks, task):
         running.cancel()
-    await _turns()
+    await turns()
     client.writable.set()
     await task
     assert b'"content":"b"' in client.body
