@@ -29,7 +29,6 @@ def test_the_table_is_read_and_has_the_providers_that_people_ask_for() -> None:
     wanted |= {
         "fireworks",
         "cerebras",
-        "perplexity",
         "cohere",
         "nebius",
         "deepinfra",
@@ -58,6 +57,12 @@ def test_every_price_of_the_table_is_exact_and_dated_and_says_where_it_was_read(
         assert price.output > 0
         assert row.cached_input is None or Decimal(row.cached_input) <= Decimal(row.input)
         assert row.source.startswith("https://")
+
+
+def test_a_provider_without_prices_says_why() -> None:
+    silent = {name: known for name, known in known_providers().items() if not dated_prices(known)}
+    assert silent.keys() == {"openrouter", "hyperbolic", "nvidia", "azure"}
+    assert all("price" in " ".join(known.notes) or "charged" in " ".join(known.notes) for known in silent.values())
 
 
 def test_a_price_that_is_not_known_is_none_and_not_zero() -> None:
