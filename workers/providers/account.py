@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable
 
 import msgspec
 import structlog
 
-from schemas.errors import SetupError
+from schemas.errors import Fault, SetupError
 from schemas.settings import RouteSettings
 from workers.providers.base import Provider
 from workers.providers.keys import label_of
@@ -22,6 +21,7 @@ Make = Callable[[RouteSettings], Provider]
 OnOpen = Callable[[Provider], None]
 
 NO_KEY = "none"
+HIDDEN = "[key]"
 
 
 class Account:
@@ -33,30 +33,39 @@ class Account:
         self._route = route
         self._make = make
         self._on_open = on_open
-        self._digest: bytes | None = None  # of the key that the provider has
+        self._key: str | None = None  # that the provider has; told to nobody
         self._retired: list[Provider] = []
 
     def open(self) -> None:
         """Raises: SetupError if the route can't work as it is written, or the key can't be read."""
         self._opened()
-        self._digest = _digest(self._route)
+        self._key = first_key(self._route)
 
     async def renewed(self) -> bool:
         """Whether its file holds another key than the one that was taken from it; that one is used from now on."""
         if not any(reference.startswith("file:") for reference in self._route.api_keys):
             return False
         try:
-            digest = await asyncio.to_thread(_digest, self._route)
+            key = await asyncio.to_thread(first_key, self._route)
         except SetupError:
             return False
-        if digest == self._digest:
+        if key == self._key:
             return False
-        self._digest = digest
+        self._key = key
         if self.provider is not None:
             self._retired.append(self.provider)  # its streams may still run
         self._opened()
         log.info("provider_key_renewed", route=self._route.id, key=self.label)
         return True
+
+    def hide_key(self, fault: Fault) -> None:
+        """A refusal of a request keeps the provider's words: without the key, where it says that."""
+        if self._key:
+            fault.message = fault.message.replace(self._key, HIDDEN)
+            fault.args = (fault.message,)
+            fault.param = fault.param and fault.param.replace(self._key, HIDDEN)
+            fault.type = fault.type and fault.type.replace(self._key, HIDDEN)
+            fault.upstream_code = fault.upstream_code and fault.upstream_code.replace(self._key, HIDDEN)
 
     async def aclose(self) -> None:
         for provider in (*self._retired, self.provider):
@@ -93,8 +102,3 @@ def open_accounts(route: RouteSettings, make: Make, *, on_open: OnOpen) -> list[
     if unread is not None and all(account.provider is None for account in accounts):
         raise unread
     return accounts
-
-
-def _digest(route: RouteSettings) -> bytes:
-    """Raises: SetupError."""
-    return hashlib.sha256((first_key(route) or "").encode()).digest()

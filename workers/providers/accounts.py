@@ -288,6 +288,7 @@ class Accounts(Provider):
         ):
             self._health.failed(now, f"the provider fails: {fault.message}")
         elif isinstance(fault, ProviderRejected):
+            self._by_key[id(key)].hide_key(fault)
             self._health.answered(now)
         tries.last, fault.tries = fault, tries.count
         return None if heard.first_s is not None else tries.pause_s(found)

@@ -102,8 +102,13 @@ class Allowance:
         self.pending += amount
 
     def answered(self, amount: int) -> None:
-        """What was taken is in the provider's figures now, or never came to it."""
+        """What was taken is in the provider's figures now, or never came to it.
+
+        Since the last reset no figure has come, and perhaps none will: then only what is under way is taken off.
+        """
         self.pending -= amount
+        if self.reset_at == math.inf:
+            self.left += amount
 
     def told(self, now: float, told: Told) -> None:
         if told.limit is not None:

@@ -104,6 +104,16 @@ def test_after_the_reset_the_whole_limit_is_there_and_no_more() -> None:
     assert allowance.free_at(10.0, 1) == 10.0 + LOOK_AGAIN_S, "the answers under way will tell"
 
 
+def test_a_provider_that_tells_nothing_more_after_a_reset_is_not_waited_for_for_ever() -> None:
+    """A key whose figures no longer came was used up for good: nothing gave back what its answers had taken."""
+    allowance = Allowance()
+    told(allowance, limit=3, left=0, reset_s=10.0)
+    for _ in range(20):
+        assert allowance.free_at(11.0, 1) == 11.0
+        allowance.take(1)
+        allowance.answered(1)
+
+
 def test_a_reset_that_is_not_told_is_guessed() -> None:
     allowance = Allowance()
     told(allowance, left=0)
