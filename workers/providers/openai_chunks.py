@@ -18,7 +18,7 @@ from workers.providers.base import Chunk, joined
 from workers.providers.habits import NULL, Habits
 from workers.providers.openai_faults import complaint_of, refusal_inside
 from workers.providers.sse import Event
-from workers.providers.tokens import estimate
+from workers.providers.tokens import SHORT_DELTA_BYTES, estimate
 
 TOKENS_MAX = 10**12  # a count beyond this is a mistake of the provider's
 LOOKS_AROUND_MAX = 3  # in one answer, for what its events repeat
@@ -239,7 +239,7 @@ class ChunkReader:
                     said = _Text()
                 else:
                     raise ProviderNonsense(f"The provider sent a choice without {'delta' if streamed else 'message'}.")
-            tokens += _tokens(said)
+            tokens += _tokens(said, SHORT_DELTA_BYTES if streamed else 0)
             reason = choice.finish_reason
             self._begun = True
             if reason is None:
@@ -336,27 +336,27 @@ def _read_usage(raw: Raw | None) -> tuple[Usage | None, bytes | None]:
     return usage, bytes(raw)
 
 
-def _tokens(said: _Text) -> int:
-    """About how many tokens this much text is; exact for an engine that sends a chunk for each token."""
-    count = 0 if said.content is _NULL else estimate(_size(said.content))
+def _tokens(said: _Text, short: int) -> int:
+    """About how many tokens this much text is; exact for an engine that sends a chunk, of *short* bytes at most, for each."""
+    count = 0 if said.content is _NULL else estimate(_size(said.content), short)
     if said.reasoning_content is not _NULL:  # whatever name it came under: see habits.py
-        count += estimate(_size(said.reasoning_content))
+        count += estimate(_size(said.reasoning_content), short)
     if said.refusal is not _NULL:
-        count += estimate(_size(said.refusal))
+        count += estimate(_size(said.refusal), short)
     if said.tool_calls is not _NULL or said.function_call is not _NULL:
-        count += _called_tokens(said)
+        count += _called_tokens(said, short)
     return count
 
 
-def _called_tokens(said: _Text) -> int:
+def _called_tokens(said: _Text, short: int) -> int:
     try:
         calls = [] if said.tool_calls == _NULL else _calls(said.tool_calls)
         called = [call.function or call.custom for call in calls]
         called += [] if said.function_call == _NULL else [_called(said.function_call)]
     except _NOT_JSON:  # a shape of its own: go by its length
-        return estimate(_size(said.tool_calls) + _size(said.function_call))
+        return estimate(_size(said.tool_calls) + _size(said.function_call), short)
     return sum(
-        estimate(_size(each.name)) + estimate(_size(each.arguments)) + estimate(_size(each.input))
+        estimate(_size(each.name), short) + estimate(_size(each.arguments), short) + estimate(_size(each.input), short)
         for each in called
         if each is not None
     )

@@ -29,8 +29,8 @@ def count(text: str) -> int:
     return count(text[:COUNTED_CHARS_MAX]) * len(text) // COUNTED_CHARS_MAX
 
 
-def estimate(size: int) -> int:
-    """About how many tokens *size* bytes of UTF-8 from somebody else's tokenizer are."""
+def estimate(size: int, short: int = SHORT_DELTA_BYTES) -> int:
+    """About how many tokens *size* bytes of UTF-8 from somebody else's tokenizer are; up to *short* bytes are one."""
     if size <= 0:
         return 0
-    return 1 if size <= SHORT_DELTA_BYTES else -(-size // BYTES_PER_TOKEN)
+    return 1 if size <= short else -(-size // BYTES_PER_TOKEN)

@@ -326,11 +326,12 @@ def test_whole_answer_is_one_chunk_with_everything() -> None:
     assert chunk.usage is not None
 
 
-def test_whole_answer_without_usage_has_an_estimate() -> None:
+@pytest.mark.parametrize(("size", "tokens"), [(400, 100), (24, 6), (1, 1)])  # a delta of 24 is one
+def test_whole_answer_without_usage_has_an_estimate(size: int, tokens: int) -> None:
     chunk = ChunkReader().body(
-        b'{"choices":[{"index":0,"message":{"content":"' + b"x" * 400 + b'"},"finish_reason":"stop"}]}'
+        b'{"choices":[{"index":0,"message":{"content":"' + b"x" * size + b'"},"finish_reason":"stop"}]}'
     )
-    assert (chunk.tokens, chunk.usage) == (100, None)
+    assert (chunk.tokens, chunk.usage) == (tokens, None)
 
 
 @pytest.mark.parametrize(
