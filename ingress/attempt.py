@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import structlog
 from msgspec import Raw
@@ -23,8 +25,21 @@ from schemas.jobs import Cancel, Job, Take
 log = structlog.get_logger()
 
 TAKE_WAIT_S = 1.0  # a worker that is asked to go on with an answer says at once whether it does
+TAKE_AGAIN_S = 0.3  # it may have been lost with a connection, and nothing would tell: it is asked again
+TAKE_AGAIN_FACTOR = 4  # each further time
+TAKES_MAX = 4  # times that one worker is asked
 WAIT_MIN_S = 0.001
 HELD_MAX = 64  # chunks without content that are held back until some comes
+
+
+class _Asked(NamedTuple):
+    """How often a worker was asked to begin, and when it is asked again (monotonic seconds)."""
+
+    times: int
+    again_at: float
+
+
+_NOT_ASKED = _Asked(0, 0.0)
 
 
 class Attempt:
@@ -53,7 +68,7 @@ class Attempt:
         self.job = job
         self.trip = trip
         self.leg = trip.leg
-        self.relay = switchboard.open(job.nonce, on_overflow=on_overflow, on_doubt=self._queue_again)
+        self.relay = switchboard.open(job.nonce, on_overflow=on_overflow, on_doubt=self._say_again)
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.heard_at = time.monotonic()
@@ -70,6 +85,7 @@ class Attempt:
         self._to = to
         self._until = until
         self.asked: set[WorkerId] = set()  # besides the queue; whoever begins first has it
+        self._takes: dict[WorkerId, _Asked] = {}  # who may have to be asked again
         self._overdue = overdue
         if to and until is None:
             self.relay.belong(to[0])
@@ -93,7 +109,7 @@ class Attempt:
             self.ask(self._to)
             return
         if self._to:
-            self._switchboard.command(self._to[0], Take(job=self.job))
+            self._take(self._to[0], time.monotonic())
             return
         try:
             self._job_seq = await self._queue.publish(self.job)
@@ -107,13 +123,32 @@ class Attempt:
 
     def ask(self, workers: Iterable[WorkerId]) -> None:
         """Any of *workers* may begin it: now if it has a slot; one that goes on with an answer also later."""
-        wait_s = max(WAIT_MIN_S, self.deadline - time.monotonic())
+        now = time.monotonic()
         for worker in workers:
             self.asked.add(worker)
-            self._switchboard.command(worker, Take(job=self.job, wait_s=wait_s))
+            self._take(worker, now)
+
+    def _take(self, worker: WorkerId, now: float) -> None:
+        waits = self._to == () or self._until is not None
+        wait_s = max(WAIT_MIN_S, self.deadline - now) if waits else 0.0
+        self._switchboard.command(worker, Take(job=self.job, wait_s=wait_s))
+        if self._to:  # what is in the queue, too, has somebody who looks after it
+            before = self._takes.get(worker, _NOT_ASKED)
+            self._takes[worker] = _Asked(before.times + 1, now + TAKE_AGAIN_S * TAKE_AGAIN_FACTOR**before.times)
+
+    def _ask_again(self, now: float) -> None:
+        """Whoever was asked and has said nothing may not have heard of it."""
+        for worker, asked in tuple(self._takes.items()):
+            if now < asked.again_at:
+                continue
+            if asked.times < TAKES_MAX:
+                self._take(worker, now)
+            else:
+                self._takes[worker] = asked._replace(again_at=math.inf)
 
     def note_started(self, *, at: float) -> None:
         self.started_at = at
+        self._takes.clear()
         if self._waiting:
             self._waiting = False
             self._drain.began(self.place, now=at)
@@ -138,8 +173,16 @@ class Attempt:
             self.heard_at = now
             self._over = isinstance(frames[-1], LastFrame)
         elif self.relay.gone is None and now >= self.deadline:
-            raise self._timeout()
+            if not self._is_unheard():
+                raise self._timeout()
+            self.heard_at = now
+        else:
+            self._ask_again(now)
         return frames
+
+    def _is_unheard(self) -> bool:
+        """Whether nobody can have heard whom it was given to: our own connection is away. It is asked anew when that is back."""
+        return self.started_at is None and self._to != () and self._until is None and not self._switchboard.is_up
 
     def note_chunks(self, frame: Delta | Finished, *, now: float) -> None:
         """Holds the chunks of *frame*: they may go to the client once the attempt has spoken."""
@@ -156,6 +199,12 @@ class Attempt:
         if isinstance(frame, Finished) or len(self.held) > HELD_MAX:
             return bool(self.held)
         return frame.tokens > 0 or any(map(says_something, frame.chunks))
+
+    @property
+    def look_at(self) -> float:
+        """When there is something to do if nothing comes."""
+        soonest = min(self.deadline, self.pace.look_at)
+        return min(soonest, *(asked.again_at for asked in self._takes.values())) if self._takes else soonest
 
     @property
     def deadline(self) -> float:
@@ -182,6 +231,7 @@ class Attempt:
         for worker in self.asked - {self.worker}:
             self._switchboard.command(worker, Cancel(nonce=self.relay.nonce, reason=reason))
         self.asked.clear()
+        self._takes.clear()
 
     def close(self) -> None:
         """Nobody will read any more of it."""
@@ -208,9 +258,16 @@ class Attempt:
             return IdleTimeout() if stalled else QueueTimeout()
         return FirstTokenTimeout() if self.first_token_at is None else IdleTimeout()
 
-    def _queue_again(self) -> None:
-        """JOBS lives in memory: a NATS server that was restarted has forgotten the job. One that was not knows it by its id."""
-        if self._job_seq is not None:
+    def _say_again(self) -> None:
+        """The connection was away: whoever was asked may not have heard of it.
+
+        And JOBS lives in memory: a NATS server that was restarted has forgotten the job. One that was not knows it by its id.
+        """
+        if self._takes:
+            self.heard_at = time.monotonic()
+            self._takes = dict.fromkeys(self._takes, _NOT_ASKED)
+            self._ask_again(self.heard_at)
+        if self._job_seq is not None and self.worker is None:
             self._switchboard.spawn(self._publish_again())
 
     async def _publish_again(self) -> None:

@@ -145,8 +145,7 @@ class Exchange:
                 self._comment_at = now + self._s.keep_alive_comment_s
 
     def _wake_at(self) -> float:
-        looks = (min(attempt.deadline, attempt.pace.look_at) for attempt in self._running)
-        return min(self._comment_at, self._hedge_at, *looks)
+        return min(self._comment_at, self._hedge_at, *(attempt.look_at for attempt in self._running))
 
     async def _look(self, attempt: Attempt, now: float) -> Ending | None:
         """Takes what came of *attempt*, and goes on with another if it has failed. Raises: PenstockError if there is none."""

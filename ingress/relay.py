@@ -137,11 +137,10 @@ class Relay:
             self._wake()
 
     def ask_again(self) -> None:
-        """Asks the worker for everything from the first missing frame on; without one, has the job looked after."""
-        if self.worker is None:
-            if self._on_doubt is not None:
-                self._on_doubt()
-        else:
+        """Asks the worker for everything from the first missing frame on; as long as none has come, has the job looked after."""
+        if self._expected == 0 and not self._held and self._on_doubt is not None:
+            self._on_doubt()
+        if self.worker is not None:
             self._switchboard.command(self.worker, Resend(nonce=self.nonce, seq=self._expected))
 
     def close(self) -> None:
@@ -234,6 +233,11 @@ class Switchboard:
 
     def __len__(self) -> int:
         return len(self._relays)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether what is said now can be heard."""
+        return self._connection.is_up
 
     async def start(self) -> None:
         await self._connection.listen(subjects.frames_filter(self._ingress), self._on_frame)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ingress.attempt import TAKE_AGAIN_S
 from ingress.continuing import BACK_WITHIN_S
 from schemas.jobs import PRESENCE_EVERY_S
 from tests.integration.continuation.rig import PACE_S, TEXT, TOKENS_PER_S, Heard, Rig
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 GAP_MAX_S = 0.5 + PACE_S  # the issue's target for a kill, and the worker's own time to a token
 STALL_S = 3.0
 LOST_S = 3 * PRESENCE_EVERY_S + 0.5 + 1.0  # three beats, a look at them, and the target from there
+ASKED_S = 0.3  # in which a killed worker is missed, and another one asked
 SWALLOWED_S = 3.0  # and not `ack_wait`, 5 s
 WAITED_S = 5.0  # what it was given up after before it could wait
 YIELDS = 3
@@ -222,6 +224,24 @@ async def test_what_the_queue_gives_to_a_silent_worker_is_done_by_another(two: R
     assert took_s < SWALLOWED_S
     assert {event["worker"] for event in two.of_kind("attempt.started")} == {"worker-b"}
     assert not two.of_kind("attempt.lost")
+
+
+async def test_who_never_heard_that_it_is_to_go_on_is_asked_again(two: Rig) -> None:
+    """The word was on the other worker's cable when that was cut. Its client got an error after a second."""
+
+    async def strike(_: Heard) -> None:
+        at_work = await two.at_work()
+        (other,) = two.cables.keys() - {at_work}
+        two.cables[other].freeze()
+        await two.workers[at_work].kill()
+        await asyncio.sleep(ASKED_S)
+        two.cables[other].cut()
+        two.cables[other].heal()
+
+    heard = await two.ask(when=strike)
+    check_unbroken(heard)
+    tell("asked again", heard, await two.event("stream.migrated"))
+    assert heard.gap_s - heard.waited_s < GAP_MAX_S + ASKED_S + TAKE_AGAIN_S
 
 
 async def test_a_worker_that_is_back_at_once_keeps_its_stream(rig: Rig) -> None:
