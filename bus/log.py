@@ -42,6 +42,12 @@ PAGE_REFUSED = 10054  # "message size exceeds maximum allowed": trying again can
 FENCED = "This server was out of reach for too long, and its requests have been closed. Retry."
 
 
+class Appended(asyncio.Future[None]):
+    """Resolves when its event is durable. *stored* is what became of that, also for who had stopped waiting by then."""
+
+    stored: bool | None = None
+
+
 class EventLog:
     """Appends the events of one *producer*; each producer has a subject of its own.
 
@@ -66,7 +72,7 @@ class EventLog:
         self._connection = connection
         self._publisher = publisher
         self._subject = subjects.events(producer)
-        self._waiting: deque[tuple[bytes, asyncio.Future[None] | None]] = deque()
+        self._waiting: deque[tuple[bytes, Appended | None]] = deque()
         self._session = os.urandom(6).hex()
         self._pages = count()
         self._writer: asyncio.Task[None] | None = None
@@ -78,14 +84,22 @@ class EventLog:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def append(self, event: Event) -> asyncio.Future[None]:
+    def append(self, event: Event) -> Appended:
         """Takes *event* at once, in the order of the calls; the future resolves when it is durable.
 
         Raises: LogUnavailable at once when too many wait, *event* is larger than a page, or the log is fenced.
         """
-        future: asyncio.Future[None] = self._loop.create_future()
+        future = Appended(loop=self._loop)
         self._take(event, future)
         return future
+
+    def withdraw(self, appended: Appended) -> bool:
+        """Takes back the event of *appended*, if it was not sent yet. What is on its way may be stored at any time."""
+        for place, (_, future) in enumerate(self._waiting):
+            if future is appended:
+                del self._waiting[place]
+                return True
+        return False
 
     async def record(self, event: Event, *, within_s: float) -> None:
         """Appends *event* and returns when it is durable.
@@ -135,7 +149,7 @@ class EventLog:
         if not self.fenced and await self._is_fenced():
             self._stop()
 
-    def _take(self, event: Event, future: asyncio.Future[None] | None) -> None:
+    def _take(self, event: Event, future: Appended | None) -> None:
         if self.fenced:
             if future is None:
                 return
@@ -155,6 +169,7 @@ class EventLog:
                 lines, futures = self._next_page()
                 error = await self._write(b"\n".join(lines))
                 for future in futures:
+                    future.stored = error is None
                     if future.done():
                         continue
                     if error is None:
@@ -166,9 +181,9 @@ class EventLog:
         finally:
             self._writer = None
 
-    def _next_page(self) -> tuple[list[bytes], list[asyncio.Future[None]]]:
+    def _next_page(self) -> tuple[list[bytes], list[Appended]]:
         lines: list[bytes] = []
-        futures: list[asyncio.Future[None]] = []
+        futures: list[Appended] = []
         size = 0
         while self._waiting and len(lines) < PAGE_EVENTS_MAX:
             size += len(self._waiting[0][0]) + 1
@@ -235,7 +250,10 @@ class EventLog:
         self.fenced = True
         log.error("log_fenced", waiting=len(self._waiting))
         for _, future in self._waiting:
-            if future is not None and not future.done():
+            if future is None:
+                continue
+            future.stored = False
+            if not future.done():
                 future.set_exception(LogUnavailable(FENCED))
         self._waiting.clear()
         if self._on_fenced is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from msgspec import Raw
 from starlette.types import Send
@@ -38,12 +38,22 @@ class Answer(Protocol):
     def cut(self) -> None:
         """Ends the connection without another word."""
 
+    def lose(self) -> None:
+        """The same, and whoever asks for the answer again isn't told either: nobody knows how it ended."""
+
+
+class Line(NamedTuple):
+    """What an answer ends with instead of an end: see `Answer`."""
+
+    cut: Callable[[], None]
+    lose: Callable[[], None]
+
 
 class StreamedAnswer:
     """Server-sent events, exactly as the API writes them."""
 
     def __init__(
-        self, send: Send, make_writer: MakeWriter, *, headers: MakeHeaders, include_usage: bool, cut: Callable[[], None]
+        self, send: Send, make_writer: MakeWriter, *, headers: MakeHeaders, include_usage: bool, line: Line
     ) -> None:
         self.began = False
         self.delivered = False
@@ -52,7 +62,7 @@ class StreamedAnswer:
         self._made_writer: EventWriter | None = None
         self._headers = headers
         self._include_usage = include_usage
-        self.cut = cut
+        self.cut, self.lose = line
 
     async def deliver(self, chunks: Sequence[Raw]) -> None:
         await self._write(self._events(chunks))
@@ -114,7 +124,7 @@ class WholeAnswer:
         created: int,
         model: Callable[[], str],
         headers: MakeHeaders,
-        cut: Callable[[], None],
+        line: Line,
     ) -> None:
         self.began = False
         self.delivered = False
@@ -124,7 +134,7 @@ class WholeAnswer:
         self._model = model
         self._headers = headers
         self._members: Raw | None = None
-        self.cut = cut
+        self.cut, self.lose = line
 
     async def deliver(self, chunks: Sequence[Raw]) -> None:
         if chunks:

@@ -7,15 +7,18 @@ import time
 from dataclasses import dataclass
 from typing import assert_never
 
-from bus.log import EventLog
+import structlog
+
+from bus.log import Appended, EventLog
 from ingress.attempt import Attempt
 from ingress.continuing import Onward
 from ingress.policy.routing import Leg, Plan
 from ingress.policy.trail import HEDGE_LOST
 from ingress.problems import CLIENT_LEFT_STATUS, problem_of
+from ingress.stopping import uncancel
 from schemas.chat import ChatRequest
 from schemas.control import KeyStated
-from schemas.errors import BacklogFull, PenstockError
+from schemas.errors import BacklogFull, LogUnavailable, PenstockError, Stopping
 from schemas.events import (
     AttemptLost,
     AttemptStarted,
@@ -29,8 +32,11 @@ from schemas.frames import Delta, Finished
 from schemas.ids import EventId, RequestId, RouteId, WorkerId, new_id
 from schemas.money import Usage, cost, estimate
 
+log = structlog.get_logger()
+
 RECORD_WAIT_S = 30.0  # how long an answer waits for the log before it becomes an error
 RECORD_FAILURE_WAIT_S = 1.0  # an error need not wait for its event: the log keeps it
+LAST_WORD_WAIT_S = 5.0  # how long an answer still waits for the log when the process stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,37 +250,68 @@ class Books:
             )
         )
 
-    async def close(self, ending: Ending, *, began: bool) -> None:
-        """Records how the request ended; *began*: its status had been sent by then.
+    async def close(self, ending: Ending, *, began: bool, delivered_tokens: int) -> Ending | None:
+        """Records how the request ended, and returns what is to be told of it; *began*: its status had been sent by then.
 
-        Raises: LogUnavailable if the event isn't durable in time.
+        That is *ending* once it is durable. An error need not be: the log keeps it. A success that can't be made so in time is
+        taken back, and recorded as the error that is told instead, with the *delivered_tokens* that its client has. If it can't be
+        taken back either, because it is on its way, nobody knows what will be on record. Then it is None: nothing may be told.
         """
+        appended: Appended | None = None
+        try:
+            appended = self._log.append(self._end(ending, began=began))
+            await self._log.durable(appended, within_s=_patience_s(ending))
+        except LogUnavailable as error:
+            cause: PenstockError = error.with_traceback(None)
+        except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached
+            uncancel()
+            cause = Stopping()
+            if isinstance(ending, Done):
+                await self._wait_for_last_word()
+        else:
+            return ending
+        log.error("request_not_recorded_in_time", request_id=self.arrival.request_id, error=cause.message)
+        if not isinstance(ending, Done) or (appended is not None and appended.stored):
+            return ending
+        if appended is None or appended.stored is False:  # fenced off: others end it
+            return Broke(cause)
+        if not self._log.withdraw(appended):
+            return None
+        return self._note_instead(Broke(cause), began=began, delivered_tokens=delivered_tokens)
+
+    def _note_instead(self, broke: Broke, *, began: bool, delivered_tokens: int) -> Broke:
+        """What is told in place of a success that nobody will hear of."""
+        if self.delivered and self._attempt is not None:
+            self.carry(self._attempt, delivered_tokens)
+        self._log.note(self._end(broke, began=began))
+        return broke
+
+    async def _wait_for_last_word(self) -> None:
+        """What is on record after all is what a process that stops tells. Once it is fenced off it waits no longer."""
+        try:
+            async with asyncio.timeout(LAST_WORD_WAIT_S):
+                await self._log.flush()
+        except TimeoutError:
+            pass
+        except asyncio.CancelledError:
+            uncancel()
+
+    def _end(self, ending: Ending, *, began: bool) -> RequestFinished:
+        """The event that closes the request."""
         match ending:
             case Done(frame):
                 event = self._finished("completed", 200, usage=frame.usage or self.estimate(), frame=frame)
-                within_s = RECORD_WAIT_S
             case Broke(error):
                 status = 200 if began else problem_of(error).status
                 nothing_done = isinstance(error, BacklogFull) and self._queue_us is None
                 kind = "rejected" if nothing_done else "failed"
                 event = self._finished(kind, status, usage=self._spent(), code=error.code)
-                within_s = RECORD_FAILURE_WAIT_S
             case Left(reason):
                 event = self._finished("cancelled", CLIENT_LEFT_STATUS, usage=self._spent(left=True), code=reason)
-                within_s = RECORD_WAIT_S
             case _:
                 assert_never(ending)
         self.served = isinstance(ending, Done) or event.usage.total_tokens > 0
-        await self._log.record(event, within_s=within_s)
-
-    async def closed_after_all(self) -> bool:
-        """Whether what `close` gave to the log becomes durable in this process's last moments, so that it is what is told, too."""
-        try:
-            async with asyncio.timeout(RECORD_FAILURE_WAIT_S):
-                await self._log.flush()
-        except TimeoutError:
-            return False
-        return not self._log.fenced
+        return event
 
     def estimate(self) -> Usage:
         return self._usage_of(self._attempt)
@@ -352,3 +389,8 @@ class Books:
             finish_reason=None if frame is None else frame.finish_reason,
             prompt_hash=self._prompt_hash,
         )
+
+
+def _patience_s(ending: Ending) -> float:
+    """For how long *ending* waits to be durable."""
+    return RECORD_FAILURE_WAIT_S if isinstance(ending, Broke) else RECORD_WAIT_S

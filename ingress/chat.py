@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from bus.control import ControlFeed
 from bus.log import FENCED
-from ingress.answer import Answer, Headers, StreamedAnswer, WholeAnswer, end_body, send_problem
+from ingress.answer import Answer, Headers, Line, StreamedAnswer, WholeAnswer, end_body, send_problem
 from ingress.auth import authenticate
 from ingress.books import RECORD_FAILURE_WAIT_S, Arrival, Books
 from ingress.exchange import Exchange, Services
@@ -24,6 +24,7 @@ from ingress.problems import CLIENT_LEFT_STATUS, Problem, problem_of
 from ingress.reader import Client
 from ingress.replay import NO_WISH, Replays, Wish, wish_of
 from ingress.sse import EventWriter
+from ingress.stopping import uncancel
 from ingress.transcript import Transcript
 from schemas.chat import ChatRequest, decode_request, for_providers
 from schemas.control import KeyStated
@@ -206,9 +207,7 @@ class ChatCompletions:
         except LogUnavailable as unavailable:
             log.error("rejection_not_recorded_in_time", code=error.code, error=unavailable.message)
         except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached
-            task = asyncio.current_task()
-            if task is not None:
-                task.uncancel()
+            uncancel()
         if not left:
             await self._tell(error, problem, visit, receive, send)
 
@@ -254,7 +253,7 @@ def prompt_hash(org: OrgId, messages: bytes) -> str:
     return hashlib.sha256(org.encode() + b"\0" + messages).hexdigest()
 
 
-def _answer(books: Books, send: Send, cut: Callable[[], None]) -> Answer:
+def _answer(books: Books, send: Send, line: Line) -> Answer:
     arrival = books.arrival
     request = books.request
     created = arrival.ns // 1_000_000_000
@@ -272,7 +271,7 @@ def _answer(books: Books, send: Send, cut: Callable[[], None]) -> Answer:
 
     if not request.stream:
         return WholeAnswer(
-            send, arrival.request_id, created=created, model=lambda: books.leg.model, headers=headers, cut=cut
+            send, arrival.request_id, created=created, model=lambda: books.leg.model, headers=headers, line=line
         )
 
     def writer() -> EventWriter:
@@ -284,7 +283,7 @@ def _answer(books: Books, send: Send, cut: Callable[[], None]) -> Answer:
             obfuscate=request.include_obfuscation,
         )
 
-    return StreamedAnswer(send, writer, headers=headers, include_usage=request.include_usage, cut=cut)
+    return StreamedAnswer(send, writer, headers=headers, include_usage=request.include_usage, line=line)
 
 
 def _content_length(headers: list[tuple[bytes, bytes]]) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from bus.claims import Claims, Held
 from ingress.archive import Claim, fingerprint
 from ingress.neighbours import FarReader, Neighbours
-from ingress.problems import problem_of
 from ingress.transcript import EVENT, Transcript
 from schemas.again import Ask, Holder
-from schemas.errors import AnswerNotFound, AnswerNotKept, FrameGap, IdempotencyKeyReused, QueueUnavailable
+from schemas.errors import AnswerNotFound, AnswerNotKept, IdempotencyKeyReused, QueueUnavailable
 from schemas.ids import IngressId, RequestId
 
 HOLDERS_MAX = 5  # of one claim that are gone, one after the other
@@ -80,7 +79,7 @@ async def mirror(far: FarReader, transcript: Transcript, *, header: tuple[bytes,
     except AnswerNotKept:
         if not transcript.status:
             return False
-        transcript.end(problem_of(FrameGap()))
+        transcript.lose()  # how it ended is known there, or to nobody
         return True
     if not transcript.is_deserted:
         transcript.take({"type": "http.response.body", "body": b"", "more_body": False})

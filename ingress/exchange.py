@@ -32,8 +32,8 @@ from ingress.receipts import Receipts
 from ingress.relay import Switchboard, heard
 from ingress.router import Router
 from ingress.sse import usage_json
+from ingress.stopping import uncancel
 from schemas.errors import (
-    LogUnavailable,
     NoLiveRoute,
     PenstockError,
     ProviderNonsense,
@@ -101,7 +101,7 @@ class Exchange:
         except asyncio.CancelledError:
             # The process stops and will wait no longer: the books are closed all the same.
             self._stop("ingress_stopping")
-            self._uncancel()
+            uncancel()
             await self._close(Broke(Stopping()))
             return
         except PenstockError as error:
@@ -361,17 +361,8 @@ class Exchange:
     async def _close(self, ending: Ending) -> None:
         """Records the end, durably, and only then sends the client's last byte."""
         self.books.delivered = self._answer.delivered
-        try:
-            await self.books.close(ending, began=self._answer.began)
-        except LogUnavailable as error:
-            log.error("request_not_recorded_in_time", request_id=self.books.arrival.request_id, error=error.message)
-            if isinstance(ending, Done):
-                ending = Broke(error)
-        except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached
-            self._uncancel()
-            if not await self.books.closed_after_all():
-                ending = Broke(Stopping())
-        match ending:
+        tokens = self._continuing.delivered.tokens
+        match await self.books.close(ending, began=self._answer.began, delivered_tokens=tokens):
             case Done(frame):
                 told = bytes(frame.usage_raw)
                 usage = usage_json(self.books.estimate()) if frame.usage is None else told
@@ -380,6 +371,8 @@ class Exchange:
                 await self._answer.fail(problem_of(cause))
             case Left():
                 self._answer.cut()
+            case None:
+                self._answer.lose()
 
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -420,12 +413,6 @@ class Exchange:
             self._prefer(self._running[0])
         for attempt in tuple(self._running):
             self._drop(attempt, reason)
-
-    @staticmethod
-    def _uncancel() -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            task.uncancel()
 
     def _job(self, leg: Leg, onward: Onward | None) -> Job:
         books = self.books

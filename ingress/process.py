@@ -26,7 +26,7 @@ from bus.publisher import Publisher
 from bus.queue import JobQueue
 from bus.streams import await_streams, ensure_streams
 from ingress.app import build_app
-from ingress.books import RECORD_FAILURE_WAIT_S
+from ingress.books import LAST_WORD_WAIT_S, RECORD_FAILURE_WAIT_S
 from ingress.bootstrap import Setup, state_setup
 from ingress.exchange import Services
 from ingress.fleet import Fleet
@@ -48,14 +48,16 @@ from schemas.tuning import settle_collector
 log = structlog.get_logger()
 
 KEEP_ALIVE_S = 75  # longer than clients keep a connection in their pools
-FLUSH_WAIT_S = 5.0
-LAST_WORDS_S = 2 * RECORD_FAILURE_WAIT_S
+LAST_WORDS_S = LAST_WORD_WAIT_S + RECORD_FAILURE_WAIT_S  # behind the drain, for answers that wait for the log
+FLUSH_WAIT_S = 5.0  # and behind that, for events that do
 BACKLOG = 2048
 SPARE_FILES = 256  # besides the connections of clients
 
 
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers: the process stops in its own order."""
+
+    told_at: float | None = None  # when it was told to stop, by the loop's clock
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -121,9 +123,7 @@ async def run_ingress(
     await server.serve(sockets=[sock])
     await _last_words(server)
     ending.cancel()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(FLUSH_WAIT_S):
-            await asyncio.gather(event_log.flush(), refusals.flush())
+    await _flush((event_log, refusals), server, drain_s=settings.ingress.drain_s)
     await beacon.stop()
     await overdue.stop()
     await pulse.stop()
@@ -180,6 +180,20 @@ async def _last_words(server: uvicorn.Server) -> None:
         await asyncio.wait(server.server_state.tasks, timeout=LAST_WORDS_S)
 
 
+async def _flush(logs: tuple[EventLog, ...], server: _Server, *, drain_s: float) -> None:
+    """Waits for what is not on record yet. While the log is away that may take as long as a stop may take at all.
+
+    What a drain didn't need of its time is left for that: nobody else knows these events.
+    """
+    now = asyncio.get_running_loop().time()
+    until = now if server.told_at is None else max(now, server.told_at + drain_s + LAST_WORDS_S)
+    try:
+        async with asyncio.timeout_at(until + FLUSH_WAIT_S):
+            await asyncio.gather(*(each.flush() for each in logs))
+    except TimeoutError:
+        log.error("events_not_recorded_in_time", waiting=sum(each.waiting for each in logs))
+
+
 def _raise_open_files(wanted: int) -> None:
     """Each connection is an open file, and the usual limit is 1024, though a process may raise it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -190,8 +204,10 @@ def _raise_open_files(wanted: int) -> None:
         log.warning("open_files_limited", allowed=allowed, wanted=wanted)
 
 
-def _stop(server: uvicorn.Server, settings: IngressSettings) -> None:
+def _stop(server: _Server, settings: IngressSettings) -> None:
     log.info("stopping")
+    if server.told_at is None:
+        server.told_at = asyncio.get_running_loop().time()
     end_after(settings.stop_wait_s)
     server.should_exit = True
 

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from ingress.protocol import cut_of
 from ingress.sse import KEEP_ALIVE
+from ingress.stopping import uncancel
 from ingress.transcript import Transcript
 from schemas.errors import AnswerNotKept
 
@@ -45,7 +46,7 @@ class Source(Protocol):
         """Returns when its client has left."""
 
     async def begun(self) -> bool:
-        """Waits for the answer to begin. False if the client leaves first."""
+        """Waits for the answer to begin. False if the client leaves first. Raises: AnswerNotKept if it ends without."""
 
     async def next(self) -> bytes:
         """What comes next, a comment while nothing does; empty at the end, or when the client has gone.
@@ -67,7 +68,7 @@ async def follow(reader: Source, client: Client, *, headers: Iterable[tuple[byte
             await _tell(reader, client.send, headers)
         except asyncio.CancelledError:
             # The process stops and will wait no longer. An exchange here is told so, too, and has a last word for its readers.
-            _uncancel()
+            uncancel()
             if not reader.near:
                 raise AnswerNotKept from None
             await _tell(reader, client.send, headers)
@@ -93,12 +94,6 @@ async def _tell(reader: Source, send: Send, headers: Iterable[tuple[bytes, bytes
         reader.untold = b""
     if not reader.gone:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _uncancel() -> None:
-    task = asyncio.current_task()
-    if task is not None:
-        task.uncancel()
 
 
 class Reader:
@@ -134,6 +129,8 @@ class Reader:
 
     async def begun(self) -> bool:
         while not self.transcript.status and not self.gone:
+            if self.transcript.ended:
+                raise AnswerNotKept
             await self.transcript.waiter()
         return not self.gone
 

@@ -12,7 +12,7 @@ import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from bus.control import ControlFeed
-from ingress.answer import Answer
+from ingress.answer import Answer, Line
 from ingress.archive import Archive, Claim
 from ingress.auth import Principal, authenticate
 from ingress.books import Books
@@ -35,7 +35,7 @@ LOOKS_MAX = 3  # at ingresses that went away before they had told anything
 EVENT_DIGITS_MAX = 15
 REPLAYED = (b"x-penstock-replayed", b"true")
 
-MakeAnswer = Callable[[Send, Callable[[], None]], Answer]
+MakeAnswer = Callable[[Send, Line], Answer]
 
 
 class Wish(NamedTuple):
@@ -139,7 +139,7 @@ class Replays:
         elif books.request.stream and (unasked := self.archive.open_unasked(request_id, owner)) is not None:
             await self._run_attached(exchange, make_answer, unasked, client)
         else:
-            await exchange.run(make_answer(client.send, client.cut), client.receive)
+            await exchange.run(make_answer(client.send, Line(client.cut, client.cut)), client.receive)
 
     async def tell_again(self, transcript: Transcript, *, after: int, client: Client) -> None:
         await follow(Reader(transcript, after=after), client, headers=[REPLAYED])
@@ -176,7 +176,9 @@ class Replays:
         """Runs *exchange* for whoever is attached to *transcript*."""
         self.running += 1
         try:
-            await exchange.run(make_answer(transcript.send, transcript.cancel), transcript.deserted)
+            await exchange.run(
+                make_answer(transcript.send, Line(transcript.cancel, transcript.lose)), transcript.deserted
+            )
         finally:
             self.running -= 1
             self.archive.settle(transcript, served=exchange.books.served)
@@ -191,7 +193,7 @@ class Replays:
         except PenstockError as error:
             with contextlib.suppress(LogUnavailable):
                 exchange.books.note_refused(error)
-            await make_answer(transcript.send, transcript.cancel).fail(problem_of(error))
+            await make_answer(transcript.send, Line(transcript.cancel, transcript.lose)).fail(problem_of(error))
             told = True
         except asyncio.CancelledError:  # the process stops
             self.archive.settle(transcript, served=False)
@@ -240,10 +242,14 @@ class Replays:
             cut()
             transcript.cancel()
 
+        def lose() -> None:
+            cut()
+            transcript.lose()
+
         transcript.attach()
         transcript.on_reader = cut  # or the exchange would go on waiting for a connection that nobody reads any more
         try:
-            await exchange.run(make_answer(tell, end), leaving)
+            await exchange.run(make_answer(tell, Line(end, lose)), leaving)
         finally:
             transcript.on_reader = None
             self.archive.settle(transcript)

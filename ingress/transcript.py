@@ -110,6 +110,14 @@ class Transcript:
         if not self.ended:
             self.end(problem_of(RequestCancelled()))
 
+    def lose(self) -> None:
+        """Nobody knows how its request ended. Who reads it is cut off, and nobody can read it again."""
+        if not self.ended:
+            self.ended = True
+            self.drop()
+            self.first = self.last + 2  # also for whoever has read all that there was
+            self.wake()
+
     def end(self, problem: Problem) -> None:
         """Ends it with an error of ours."""
         if self.status:

@@ -62,7 +62,7 @@ class TimeoutsMax(Timeouts, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     total_s: float = 14_400.0
 
 
-STOP_EXTRA_S = 10.0  # for a role to stop in, besides the time that what runs has for its end
+STOP_EXTRA_S = 12.0  # for a role to stop in, besides the time that what runs has for its end
 
 
 class IngressSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,7 +40,7 @@ from workers.standby import Standby
 
 log = structlog.get_logger()
 
-FLUSH_WAIT_S = 3.0
+FLUSH_WAIT_S = 3.0  # for receipts, behind all that a drain may take
 
 NAK = b"-NAK"
 NAK_LATER = b'-NAK {"delay": 2000000000}'
@@ -129,7 +129,11 @@ class Worker:
             await route.intake.stop()
 
     async def drain(self) -> None:
-        """No new jobs; what runs may finish within ``drain_s``; the rest is handed back. Then the worker is gone."""
+        """No new jobs; what runs may finish within ``drain_s``; the rest is handed back. Then the worker is gone.
+
+        While the log is away its receipts wait for it in what is left of the time that this may take: nobody else has them.
+        """
+        over_at = asyncio.get_running_loop().time() + 2 * self._settings.drain_s
         self._state = WorkerState.DRAINING
         log.info("draining", running=len(self._running))
         await self.announce()
@@ -140,7 +144,7 @@ class Worker:
         await self._wait_idle(self._settings.drain_s)
         await self._orphans.stop()
         await self._outbox.stop()
-        await self._flush_log()
+        await self._flush_log(until=max(over_at, asyncio.get_running_loop().time()) + FLUSH_WAIT_S)
         if self._forget is not None:
             self._forget()
             self._forget = None
@@ -374,9 +378,9 @@ class Worker:
         for report in (*(running.report for running in self._running.values()), *self._kept):
             report.repeat_last()
 
-    async def _flush_log(self) -> None:
+    async def _flush_log(self, *, until: float) -> None:
         try:
-            async with asyncio.timeout(FLUSH_WAIT_S):
+            async with asyncio.timeout_at(until):
                 await self._log.flush()
         except TimeoutError:
             log.error("receipts_not_recorded_in_time", waiting=self._log.waiting)

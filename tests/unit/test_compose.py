@@ -24,7 +24,8 @@ from bus.server import find_binary, server_config
 from ingress import process as ingress_process
 from ingress.app import build_app
 from ingress.bootstrap import GIVEN_KEYS, given_keys
-from schemas.settings import MIB, NatsSettings, load, with_builtin_routes
+from schemas.settings import MIB, STOP_EXTRA_S, NatsSettings, load, with_builtin_routes
+from workers import worker
 
 ROOT = Path(__file__).parents[2]
 ROLES = {"ingress": ["ingress-1", "ingress-2"], "worker": ["worker"], "ledger": ["ledger"]}
@@ -150,10 +151,12 @@ def test_the_worker_is_healthy_once_its_ready_file_is_there() -> None:
 def test_stopping_gives_each_role_the_time_that_it_takes() -> None:
     settings = load(None, {})
     needed = {
-        "ingress-1": settings.ingress.drain_s + ingress_process.FLUSH_WAIT_S,
-        "ingress-2": settings.ingress.drain_s + ingress_process.FLUSH_WAIT_S,
-        "worker": 2 * settings.worker.drain_s,  # what runs may finish, then what was told to stop
+        "ingress-1": settings.ingress.stop_wait_s,
+        "ingress-2": settings.ingress.stop_wait_s,
+        "worker": settings.worker.stop_wait_s,
     }
+    assert ingress_process.LAST_WORDS_S + ingress_process.FLUSH_WAIT_S < STOP_EXTRA_S
+    assert worker.FLUSH_WAIT_S < STOP_EXTRA_S
     for service, seconds in needed.items():
         assert int(SERVICES[service]["stop_grace_period"].removesuffix("s")) > seconds
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -15,8 +17,9 @@ from bus.publisher import Publisher
 from bus.reader import OrderedReader
 from bus.server import EmbeddedServer
 from bus.streams import stream_state
+from ingress import books
 from schemas import subjects
-from tests.integration.ingress.gateway import Gateway, Lines, bearer, body
+from tests.integration.ingress.gateway import Gateway, Lines, Wire, bearer, body
 from tests.mock_provider import MockProvider
 from tests.restarts import is_stopped
 from tests.waiting import eventually
@@ -27,16 +30,21 @@ pytestmark = pytest.mark.timeout(40)
 
 
 class Freezer:
-    """Stops the NATS server as the closing event sets out for it."""
+    """Stops the NATS server as the closing event sets out for it, or another kind of event that a test names."""
 
     def __init__(self, gateway: Gateway, server: EmbeddedServer) -> None:
         self.frozen = asyncio.Event()
+        self.kind = b"request.finished"
+        self.waits_for: bytes | None = None  # another kind, which is to be behind it
+        self._log = gateway.ingress.log
         self._server = server
         self._publisher = gateway.ingress.log._publisher
         gateway.ingress.log._publisher = self  # type: ignore[assignment]  # as much of it as is used
 
     async def publish(self, subject: str, payload: bytes, **more: Any) -> int:
-        if b'"request.finished"' in payload and not self.frozen.is_set():
+        if b'"%b"' % self.kind in payload and not self.frozen.is_set():
+            if self.waits_for is not None:
+                await eventually(lambda: any(self.waits_for in line for line, _ in self._log._waiting), every_s=0)  # type: ignore[operator]
             os.kill(self._server.pid, signal.SIGSTOP)
             await eventually(lambda: is_stopped(self._server.pid), every_s=0)
             self.frozen.set()
@@ -47,8 +55,10 @@ class Freezer:
 
 
 @pytest.fixture
-def freezer(gateway: Gateway, nats_server: EmbeddedServer) -> Freezer:
-    return Freezer(gateway, nats_server)
+def freezer(gateway: Gateway, nats_server: EmbeddedServer) -> Iterator[Freezer]:
+    made = Freezer(gateway, nats_server)
+    yield made
+    made.thaw()
 
 
 Ends = Callable[[bytes], bool]
@@ -103,6 +113,77 @@ async def test_the_only_byte_of_a_body(  # noqa: PLR0917
         assert response.status == status
         await response.read()
         assert (await gateway.ending(response.headers["x-request-id"]))["http_status"] == status
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long for a log that is away."""
+    monkeypatch.setattr(books, "RECORD_WAIT_S", HELD_S)
+    monkeypatch.setattr(books, "LAST_WORD_WAIT_S", HELD_S)
+
+
+def _stop_waiting(gateway: Gateway) -> None:
+    """What uvicorn does at the end of a drain."""
+    for task in list(gateway.ingress.server.state.tasks):
+        task.cancel()
+
+
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.usefixtures("hasty")
+async def test_of_a_success_that_is_on_its_way_to_a_log_that_is_away_no_end_is_told(
+    gateway: Gateway, freezer: Freezer, mock: MockProvider, session: aiohttp.ClientSession, *, stream: bool, stops: bool
+) -> None:
+    """It was told that the server is stopping, and then the log stored the success: books and client disagreed."""
+    mock.script(tokens=4, pace_s=0.02)
+    async with Wire(gateway.base_url) as wire:
+        wire.ask(body(stream=stream))
+        await freezer.frozen.wait()
+        if stops:
+            _stop_waiting(gateway)
+        told = await _all(wire)
+        assert (b"[DONE]" in told, b"error" in told, b"HTTP/1.1" in told) == (False, False, stream)
+        freezer.thaw()
+    assert (await gateway.ending())["status"] == "completed"
+    assert [await _asked_again(session, gateway)] == [410 if stream else 404]
+
+
+async def _all(wire: Wire) -> bytes:
+    """What comes until the connection ends, however it does."""
+    told = b""
+    with contextlib.suppress(ConnectionError):
+        while data := await wire.reader.read(65536):
+            told += data
+    return told
+
+
+async def _asked_again(session: aiohttp.ClientSession, gateway: Gateway) -> int:
+    url = f"{gateway.chat_url}/{(await gateway.ending())['request_id']}"
+    async with session.get(url, headers=bearer()) as response:
+        return response.status
+
+
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.usefixtures("hasty")
+async def test_a_success_that_never_set_out_is_recorded_as_the_error_that_is_told(
+    gateway: Gateway, freezer: Freezer, mock: MockProvider, *, stream: bool, stops: bool
+) -> None:
+    """Another page was on its way when the log went away, so this one could be taken back."""
+    freezer.kind, freezer.waits_for = b"attempt.started", b"request.finished"
+    mock.script(tokens=4, pace_s=0.02)
+    async with Wire(gateway.base_url) as wire:
+        wire.ask(body(stream=stream), connection="close")
+        await freezer.frozen.wait()
+        if stops:
+            _stop_waiting(gateway)
+        told = await _all(wire)
+        freezer.thaw()
+    code = "stopping" if stops else "log_unavailable"
+    assert code.encode() in told
+    end = await gateway.ending()
+    assert (end["status"], end["http_status"], end["code"]) == ("failed", 200 if b" 200 OK" in told else 503, code)
+    assert end["usage"].get("completion_tokens", 0) == len(re.findall(rb"w\d", told))
 
 
 async def test_one_that_is_fenced_off_tells_no_client_of_a_success(

@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from bus.connection import Message, connect
 from bus.puller import Puller
 from bus.server import EmbeddedServer
@@ -24,6 +26,7 @@ from tests.integration.workers.rig import LAST, PIECE, ROUTE, Desk, Fake, Line, 
 from tests.restarts import kill, restart
 from tests.stopwatch import Stopwatch
 from tests.waiting import eventually
+from workers import worker
 from workers.providers.base import Chunk
 
 
@@ -138,6 +141,27 @@ async def test_draining_without_nats_ends_all_the_same(nats_server: EmbeddedServ
     await nats_server.start()
     await eventually(lambda: desk.connection.is_up)
     assert (await eventually(lambda: desk.receipt(job))).outcome == "handed_back"
+
+
+async def test_receipts_wait_for_the_log_as_long_as_a_drain_may_take(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three seconds were all they had, however soon the work was done: then the only one who knew of them was gone."""
+    monkeypatch.setattr(worker, "FLUSH_WAIT_S", 0.0)
+    gate = asyncio.Event()
+    station = await hire(provider=Fake(waits_for(gate)), drain_s=10.0)
+    job = await desk.publish()
+    await eventually(lambda: desk.chunks(job))
+    await kill(nats_server)
+    gate.set()
+    draining = asyncio.create_task(station.worker.drain())
+    await eventually(lambda: station.idle)
+    await asyncio.sleep(0.3)
+    assert not draining.done()
+    await nats_server.start()
+    await draining
+    await eventually(lambda: desk.connection.is_up)
+    assert (await eventually(lambda: desk.receipt(job))).outcome == "completed"
 
 
 async def test_a_second_signal_ends_a_draining_process_at_once(

@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import Raw
 
+from bus.log import Appended
 from ingress.chat import ChatCompletions
 from ingress.exchange import Services
 from ingress.fleet import Fleet
@@ -47,6 +48,7 @@ class Wall:
     """A connection that nobody answers on; what is said on it is remembered."""
 
     is_up = True
+    max_payload = BIG
 
     def __init__(self) -> None:
         self.said: list[tuple[str, bytes]] = []
@@ -78,10 +80,29 @@ class Log:
         self.open = asyncio.Event()
         self.open.set()
         self.broken = False
+        self.sent = False  # whether what waits is on its way
+        self._waiting: dict[Appended, Event] = {}
 
-    def append(self, event: Event) -> asyncio.Future[None]:
+    def append(self, event: Event) -> Appended:
         self.events.append(event)
-        return asyncio.ensure_future(self._wait())
+        appended = Appended()
+        self._waiting[appended] = event
+        waiting = asyncio.ensure_future(self._wait())
+        waiting.add_done_callback(lambda _: self._settle(appended, waiting.exception()))
+        return appended
+
+    def _settle(self, appended: Appended, error: BaseException | None) -> None:
+        if self._waiting.pop(appended, None) is None:
+            return  # withdrawn
+        appended.stored = error is None
+        if not appended.done():
+            appended.set_result(None) if error is None else appended.set_exception(error)
+
+    def withdraw(self, appended: Appended) -> bool:
+        if self.sent:
+            return False
+        self.events.remove(self._waiting.pop(appended))
+        return True
 
     def note(self, event: Event) -> None:
         self.events.append(event)
@@ -98,6 +119,7 @@ class Log:
 
     async def flush(self) -> None:
         await self.open.wait()
+        await turns()
 
     async def _wait(self) -> None:
         await self.open.wait()
@@ -283,9 +305,11 @@ class Bench:
         await eventually(lambda: len(self.queue.jobs) >= number, what=f"job {number}", every_s=0)
         return self.queue.jobs[number - 1]
 
-    async def serve_until_recorded(self, client: Client) -> asyncio.Task[None]:
+    async def serve_until_recorded(
+        self, client: Client, *, headers: dict[str, str] | None = None
+    ) -> asyncio.Task[None]:
         """Serves *client* as far as its closing event, of an answer of one token, which waits for a log that is away."""
-        task = await self.serve(client)
+        task = await self.serve(client, headers=headers)
         job = await self.job()
         self.start(job)
         await turns()

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from msgspec import Raw
 
+from ingress import books
 from ingress.policy.trail import LOST_MAX
 from ingress.problems import CLIENT_LEFT_STATUS
 from ingress.receipts import Receipts
@@ -467,12 +468,72 @@ async def test_a_process_that_waits_no_longer_tells_its_clients_and_stops_the_wo
     assert bench.log.finished.code == "stopping"
 
 
-async def test_a_process_that_stops_while_the_log_is_away_still_tells_its_clients() -> None:
-    bench, client = Bench(), Client()
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long for a log that is away."""
+    monkeypatch.setattr(books, "RECORD_WAIT_S", 0.05)
+    monkeypatch.setattr(books, "LAST_WORD_WAIT_S", 0.05)
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM_BODY])
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.usefixtures("hasty")
+async def test_a_success_that_can_not_be_recorded_is_taken_back_and_told_as_what_is_recorded_instead(
+    *, stops: bool, body: bytes
+) -> None:
+    bench, client = Bench(), Client(body)
     task = await bench.serve_until_recorded(client)
-    task.cancel()
+    if stops:
+        task.cancel()
     await task
-    assert (client.status, _error_code(client)) == (503, "stopping")
+    code = "stopping" if stops else "log_unavailable"
+    assert (client.status, _error_code(client)) == (503, code)
+    assert (bench.log.finished.status, bench.log.finished.code) == ("failed", code)
+    assert bench.log.finished.usage.total_tokens == 0  # nothing of it was delivered
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_what_was_delivered_of_a_success_that_is_taken_back_is_billed() -> None:
+    bench, client = Bench(), Client(STREAM_BODY)
+    task = await bench.serve(client)
+    job = await bench.job()
+    bench.start(job)
+    bench.say(job, 1, "a", "b")
+    await eventually(lambda: b'"content":"b"' in client.body)
+    bench.log.open.clear()
+    bench.finish(job, 2, text="c")
+    await task
+    assert b'"content":"c"' not in client.body
+    assert b"log_unavailable" in client.body
+    assert (bench.log.finished.status, bench.log.finished.http_status) == ("failed", 200)
+    assert bench.log.finished.usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM_BODY])
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.usefixtures("hasty")
+async def test_of_a_success_that_may_still_be_recorded_no_end_is_told(*, stops: bool, body: bytes) -> None:
+    bench, client = Bench(), Client(body)
+    task = await bench.serve_until_recorded(client)
+    bench.log.sent = True
+    if stops:
+        task.cancel()
+    await task
+    assert client.cut
+    assert client.sent == []
+    assert bench.log.finished.status == "completed"
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_whoever_comes_back_for_an_answer_whose_end_nobody_knows_is_not_told_one() -> None:
+    bench, client, later = Bench(), Client(STREAM_BODY), Client(STREAM_BODY)
+    task = await bench.serve_until_recorded(client, headers={"Idempotency-Key": "k"})
+    bench.log.sent = True
+    await asyncio.gather(*bench.tasks, task)
+    assert client.cut
+    assert client.sent == []
+    await (await bench.serve(later, headers={"Idempotency-Key": "k"}))
+    assert (later.status, _error_code(later)) == (410, "answer_not_kept")
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM_BODY])
