@@ -364,8 +364,8 @@ class Exchange:
         tokens = self._continuing.delivered.tokens
         match await self.books.close(ending, began=self._answer.began, delivered_tokens=tokens):
             case Done(frame):
-                told = bytes(frame.usage_raw)
-                usage = usage_json(self.books.estimate()) if frame.usage is None else told
+                own = frame.usage is not None and frame.usage_raw != NOT_TOLD
+                usage = bytes(frame.usage_raw) if own else usage_json(frame.usage or self.books.estimate())
                 await self._answer.finish(frame.chunks, usage)
             case Broke(cause):
                 await self._answer.fail(problem_of(cause))

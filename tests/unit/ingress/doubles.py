@@ -23,7 +23,7 @@ from schemas.events import Event, RequestFinished, RequestRejected
 from schemas.frames import AnyFrame, Delta, Finished, Started
 from schemas.ids import EventId, IngressId, KeyId, OrgId, RouteId, WorkerId
 from schemas.jobs import Job, ModelOffer, Presence, RouteOffer, Timeouts, WorkerState
-from schemas.money import Price
+from schemas.money import Price, Usage
 from schemas.settings import IngressSettings, RoutingSettings
 from tests.waiting import eventually
 
@@ -333,7 +333,9 @@ class Bench:
         chunk = Raw(b'{"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}')
         self.feed(job, Delta(request_id=job.request_id, epoch=job.epoch, seq=seq, chunks=(chunk,)))
 
-    def finish(self, job: Job, seq: int, *, text: str | None = None, worker: WorkerId = WORKER) -> None:
+    def finish(
+        self, job: Job, seq: int, *, text: str | None = None, worker: WorkerId = WORKER, usage: Usage | None = None
+    ) -> None:
         message = Raw(
             b'{"choices":[{"index":0,"message":{"role":"assistant","content":"%b"}}]}' % (text or "").encode()
         )
@@ -343,6 +345,7 @@ class Bench:
             seq=seq,
             chunks=() if text is None else (message,),
             tokens=0 if text is None else 1,
+            usage=usage,
             finish_reason="stop",
         )
         self.feed(job, frame, worker=worker)

@@ -62,6 +62,18 @@ async def test_the_last_byte_goes_out_after_the_closing_event(body: bytes) -> No
     assert (b"[DONE]" in client.body) is (body is STREAM_BODY)
 
 
+async def test_a_usage_that_the_provider_did_not_write_itself_is_told_all_the_same() -> None:
+    """Such as the one of docs/providers.md's example: it counts, and writes no JSON of it."""
+    bench, client = Bench(), Client(BODY)
+    task = await bench.serve(client)
+    job = await bench.job()
+    bench.start(job)
+    bench.finish(job, 1, text="a", usage=Usage(prompt_tokens=7, completion_tokens=3))
+    await task
+    told = msgspec.json.decode(client.body)["usage"]
+    assert (told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]) == (7, 3, 10)
+
+
 async def test_a_client_that_leaves_while_the_job_is_published_has_it_withdrawn() -> None:
     bench, client = Bench(), Client()
     bench.queue.open.clear()
