@@ -1,4 +1,4 @@
-"""A server that answers in lines of JSON: {"text": "…"} for each token, at last {"text": "", "prompt": 7, "tokens": 3}."""
+"""A server that answers in lines of JSON: {"text": "…"} for each token, the last with "end", "prompt" and "tokens", too."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -19,7 +19,8 @@ from workers.providers.upstream import Upstream
 class Line(msgspec.Struct):
     text: str
     prompt: int = 0
-    tokens: int | None = None  # in the last line only
+    tokens: int = 0
+    end: str | None = None  # in the last line
 
 
 class Lines(Provider):
@@ -39,17 +40,14 @@ class Lines(Provider):
             while data := await answer.read(patience):
                 patience.renew()
                 *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    told = msgspec.json.decode(line, type=Line)
+                for told in [msgspec.json.decode(line, type=Line) for line in lines]:
                     said = told.text if job.stream else said + told.text
-                    end, usage = None, None
-                    if told.tokens is not None:
-                        end, usage = "stop", Usage(prompt_tokens=told.prompt, completion_tokens=told.tokens)
-                    if job.stream or end:
-                        choice = {"index": 0, member: {"role": "assistant", "content": said}, "finish_reason": end}
+                    usage = Usage(prompt_tokens=told.prompt, completion_tokens=told.tokens) if told.end else None
+                    if job.stream or told.end:
+                        choice = {"index": 0, member: {"role": "assistant", "content": said}, "finish_reason": told.end}
                         members = msgspec.json.encode({"choices": [choice]})
-                        yield Chunk(members, tokens=len(told.text) > 0, finish_reason=end, usage=usage)
-                    if end:
+                        yield Chunk(members, tokens=len(told.text) > 0, finish_reason=told.end, usage=usage)
+                    if told.end:
                         return
                 if len(said) + len(rest) > self._settings.max_response_bytes:
                     raise ProviderNonsense

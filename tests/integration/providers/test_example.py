@@ -23,7 +23,7 @@ from tests.waiting import eventually
 
 class LinesServer:
     def __init__(self) -> None:
-        self.lines: list[Any] = [{"text": "w0"}, {"text": " w1"}, {"text": "", "prompt": 7, "tokens": 2}]
+        self.lines: list[Any] = [{"text": "w0"}, {"text": " w1"}, {"text": "", "end": "stop", "prompt": 7, "tokens": 2}]
         self.status = 200
         self.stall = False
         self.gone = False
