@@ -22,7 +22,6 @@ from google.genai.types import HttpOptions
 
 from schemas.errors import (
     Fault,
-    ProviderAuth,
     ProviderFailed,
     ProviderNonsense,
     ProviderRejected,
@@ -189,20 +188,9 @@ def fault_of(error: AnyLLMError) -> Fault:
 
 def _refusal(status: int, body: object, headers: Mapping[str, str]) -> Fault:
     said = complaint_of(body)
-    if _key_is_invalid(body):
-        return ProviderAuth(status=status)
     if 200 <= status < 300:  # in the middle of a stream
         return refusal_inside(said)
     return refusal(status, said, retry_after_s=retry_after_s(headers))
-
-
-def _key_is_invalid(body: object) -> bool:
-    """Google says so with a 400, and with a reason among the details."""
-    error = body.get("error") if isinstance(body, dict) else None
-    details = error.get("details") if isinstance(error, dict) else None
-    return isinstance(details, list) and any(
-        isinstance(detail, dict) and detail.get("reason") == "API_KEY_INVALID" for detail in details
-    )
 
 
 async def _within(work: Awaitable[T], patience: Patience, *, opened: list[httpx.Response]) -> T:

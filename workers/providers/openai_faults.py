@@ -58,10 +58,14 @@ class Complaint:
     code: str | None = None
     status: int | None = None  # that it states itself
     stated: bool = False  # it is an error body at all
+    key_refused: bool = False  # Google says so with a 400, and with a reason among the details
 
 
 def complaint(body: bytes) -> Complaint:
-    """The complaint in an error body of any of the common shapes: ``{"error": {…}}``, ``{"error": "…"}``, ``{"message": …}``."""
+    """The complaint in an error body of any of the common shapes: ``{"error": {…}}``, ``{"error": "…"}``, ``{"message": …}``.
+
+    Google's compatible endpoint has a list around it.
+    """
     try:
         return complaint_of(msgspec.json.decode(body))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -69,6 +73,8 @@ def complaint(body: bytes) -> Complaint:
 
 
 def complaint_of(found: Any) -> Complaint:
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
     error = found.get("error", found) if isinstance(found, dict) else found
     if isinstance(error, str):
         return Complaint(message=_text(error), stated=True)
@@ -82,6 +88,7 @@ def complaint_of(found: Any) -> Complaint:
         code=_text(code),
         status=_status(code) or _status(error.get("status")) or _status(error.get("status_code")),
         stated="message" in error,
+        key_refused=_names_key(error.get("details")),
     )
 
 
@@ -89,6 +96,8 @@ def refusal(status: int, said: Complaint, *, retry_after_s: float | None = None)
     """The fault that an answer with this HTTP *status*, which isn't 200, is."""
     if status == 404 and not said.stated:
         return ProviderFailed("The provider has nothing at the configured address (HTTP 404).", status=404)
+    if said.key_refused:
+        return ProviderAuth(status=status)
     fault: Fault
     match status:
         case 400 | 404 | 409 | 413 | 415 | 422:
@@ -135,6 +144,12 @@ def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) ->
         return None
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
     return _bounded((at - (now or datetime.now(UTC))).total_seconds())
+
+
+def _names_key(details: Any) -> bool:
+    return isinstance(details, list) and any(
+        isinstance(detail, dict) and detail.get("reason") == "API_KEY_INVALID" for detail in details
+    )
 
 
 def _bounded(seconds: float) -> float:

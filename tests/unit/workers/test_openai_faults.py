@@ -80,6 +80,16 @@ def test_complaints_are_read_in_all_their_shapes(body: bytes, message: str | Non
     assert (said.message, said.status) == (message, status)
 
 
+@pytest.mark.parametrize("shape", [b"[%b]", b"%b"])  # Google's compatible endpoint, and its own wire
+def test_a_400_that_names_the_key_is_about_the_key_and_not_about_the_request(shape: bytes) -> None:
+    """It was passed on as the client's mistake, and the key was used for the next request again."""
+    body = b"""{"error":{"code":400,"message":"API key not valid. Please pass a valid API key.","status":"INVALID_ARGUMENT",
+        "details":[{"@type":"type.googleapis.com/google.rpc.ErrorInfo","reason":"%b"}]}}"""
+    fault = refusal(400, complaint(shape % (body % b"API_KEY_INVALID")))
+    assert (type(fault), fault.status) == (ProviderAuth, 400)
+    assert type(refusal(400, complaint(shape % (body % b"BAD_VALUE")))) is ProviderRejected
+
+
 def test_a_long_message_is_cut() -> None:
     assert len(complaint(b'{"error":"' + b"x" * 9999 + b'"}').message or "") == MESSAGE_CHARS_MAX
 
