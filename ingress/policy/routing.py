@@ -216,7 +216,7 @@ def _nothing(asked: Sequence[Asked], rules: Rules, left_out: Sequence[LeftOut]) 
     if rules.key_models is not None and rules.key_models.isdisjoint(each.model for each in asked):
         return Forbidden(f"This key may not use {_noun(asked)} {names}.", param="model")
     if any(rules.against_names(candidate) is None for each in asked for candidate in each.away):
-        told = next((each.why_away for each in asked if each.why_away), None)
+        told = next((each.why_away.removesuffix(".") for each in asked if each.why_away), None)
         return NoLiveRoute(
             f"No worker serves {_noun(asked)} {names} at the moment{f': {told}' if told else ''}.", param="model"
         )

@@ -192,8 +192,8 @@ def test_a_model_that_was_served_is_only_away_and_why_is_told() -> None:
     with pytest.raises(NoLiveRoute) as caught:
         made(away=(A,))
     assert caught.value.param == "model"
-    with pytest.raises(NoLiveRoute, match="at the moment: the engine is loading"):
-        made(away=(A,), why_away="the engine is loading")
+    with pytest.raises(NoLiveRoute, match=r"at the moment: the provider fails \(HTTP 500\)\.$"):
+        made(away=(A,), why_away="the provider fails (HTTP 500).")
 
 
 def test_an_allowed_place_that_is_away_may_come_back() -> None:
