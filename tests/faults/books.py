@@ -39,8 +39,8 @@ SELECT
 FROM said AS s LEFT JOIN requests AS r ON r.request_id = s.request_id
 """
 RECEIPTS = """
-SELECT payload->>'$.upstream_id' AS name FROM events
-WHERE log = 'EVENTS' AND position > ? AND kind = 'attempt.finished' AND payload->>'$.upstream_id' IS NOT NULL
+SELECT payload->>'$.upstream_id' AS name, request_id::VARCHAR || '.' || (payload->>'$.epoch') AS asked_as FROM events
+WHERE log = 'EVENTS' AND position > ? AND kind = 'attempt.finished'
 """
 LIFE = """
 SELECT position, ts::VARCHAR AS ts, payload::VARCHAR AS payload FROM events
@@ -60,8 +60,8 @@ async def entries(up: Deployment, *, after: int) -> list[Entry]:
 
 
 async def receipts(up: Deployment, *, after: int) -> frozenset[str]:
-    """The generations, as their provider calls them, of which workers wrote receipts. Raises: SetupError."""
-    return frozenset(row["name"] for row in await up.sql(RECEIPTS, after))
+    """The generations of which workers wrote receipts, as their provider calls them, and as their workers do. Raises: SetupError."""
+    return frozenset(name for row in await up.sql(RECEIPTS, after) for name in row.values() if name is not None)
 
 
 async def life(up: Deployment, request_id: str) -> list[str]:

@@ -194,6 +194,15 @@ def test_what_never_arrived_leaves_no_trace_and_needs_none() -> None:
     assert judge(told) == []
 
 
+def test_a_receipt_of_an_attempt_that_was_stopped_before_its_answer_came_is_known_by_its_workers_name() -> None:
+    """The client had left, its ingress was fenced off, and the provider had said all: nobody had heard what it calls that."""
+    left = record(end=End.LEFT, request_id=None, status=None, text="", usage=None)
+    said = generation()
+    said.asked_as = f"{REQUEST}.1"
+    for receipts, problems in (({f"{REQUEST}.1"}, 0), ({f"{REQUEST}.2"}, 1), (set[str](), 1)):
+        assert len(judge(Evidence([left], {PROMPT.name: [said]}, [], frozenset(receipts)))) == problems
+
+
 def test_a_request_without_an_answer_is_noticed_only_if_somebody_took_it() -> None:
     """A connection that ends before anything was read of it is dialled again by every SDK."""
     broken = record(end=End.BROKEN, request_id=None)

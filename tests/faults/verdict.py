@@ -64,7 +64,7 @@ class Evidence:
     records: Sequence[Record]
     generations: Mapping[str, Sequence[Generation]]  # by the prompt's name
     entries: Sequence[Entry]
-    receipts: frozenset[str] = frozenset()  # the generations, by name, of which a worker has told the ledger
+    receipts: frozenset[str] = frozenset()  # the generations, by either name, of which a worker has told the ledger
     by_id: dict[str, list[Entry]] = field(init=False)
     by_hash: dict[str, list[Entry]] = field(init=False)
 
@@ -176,13 +176,14 @@ def _missing(record: Record, said: Sequence[Generation], receipts: frozenset[str
     """The ledger has no such request: as it should be for one that never arrived, or whose ingress died before it was on record.
 
     Its job may have been queued by then: nothing of it is delivered, and its worker's receipt says what it cost. A refusal is
-    told at once while the log is away, and is in its ingress's memory alone until then.
+    told at once while the log is away, and is in its ingress's memory alone until then. What the provider calls its answer is in a
+    receipt only if that had begun to arrive: the one that was stopped before is found by what its worker calls it.
     """
     refused = record.end is End.FAILED and record.code in WHILE_THE_LOG_IS_AWAY and not record.text
     if record.request_id is not None and not refused:
         told = f"{record.end}, status {record.status} {record.code}"
         yield Problem(Kind.LOST, "what a client was answered is in the ledger", record.request_id, told)
-    elif not all(each.name in receipts for each in said if each.whole):
+    elif not all(receipts & {each.name, each.asked_as} for each in said if each.whole):
         yield Problem(Kind.LOST, "what was generated is in the ledger", record.prompt.name, f"{len(said)} generations")
     if record.end is End.HUNG:
         yield Problem(Kind.LOST, "every client hears an end", record.prompt.name)

@@ -34,6 +34,7 @@ class Generation:
     given: str
     start: int
     began_s: float
+    asked_as: str = ""  # what who asked calls it: its request and attempt; an earlier release doesn't tell
     said: int = 0  # words that were sent, those that were given not counted
     whole: bool = False
     ended_s: float | None = None
@@ -115,14 +116,16 @@ class Witness:
         asked = next(str(message["content"]) for message in reversed(messages) if message["role"] == "user")
         last = messages[-1] if messages[-1]["role"] == "assistant" else None
         goes_on = body.get("continue_final_message") is True and last is not None
-        generation = self._begin(Prompt.read(asked), str(last["content"]) if last is not None and goes_on else "")
+        given = str(last["content"]) if last is not None and goes_on else ""
+        generation = self._begin(request, Prompt.read(asked), given)
         answer = ChatAnswer(generation, body, self._vocabulary, roles=int(last is not None and not goes_on))
         return await self._say(request, answer, generation, stream=bool(body.get("stream")))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         asked, *said = body["prompt"]
-        generation = self._begin(Prompt.read(self._vocabulary.text_of([asked])), self._vocabulary.text_of(said))
+        prompt = Prompt.read(self._vocabulary.text_of([asked]))
+        generation = self._begin(request, prompt, self._vocabulary.text_of(said))
         return await self._say(request, TokensAnswer(generation, body, self._vocabulary), generation, stream=True)
 
     async def _detokenize(self, request: web.Request) -> web.Response:
@@ -142,11 +145,12 @@ class Witness:
             generation.ended_s = time.monotonic()
         return said
 
-    def _begin(self, prompt: Prompt | None, given: str) -> Generation:
+    def _begin(self, request: web.Request, prompt: Prompt | None, given: str) -> Generation:
         """Without a prompt of ours, a worker asks what we can do: that is forgotten."""
         known = prompt or Prompt("probe", 1, 0)
         earlier = self.generations[known.name] if prompt is not None else []
         made = Generation(known, len(earlier) + 1, given, start=len(given.split()), began_s=time.monotonic())
+        made.asked_as = request.headers.get("x-client-request-id", "")
         earlier.append(made)
         return made
 

@@ -181,7 +181,7 @@ class OpenAI(Provider):
         yield chunk
 
     async def _ask(self, job: Job, patience: Patience) -> UpstreamAnswer:
-        answer = await self._upstream.ask("POST", "/chat/completions", body=self._body(job), patience=patience)
+        answer = await self._upstream.ask("POST", "/chat/completions", body=self._body(job), patience=patience, job=job)
         self._heard(answer.headers)
         return answer
 

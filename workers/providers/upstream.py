@@ -15,11 +15,15 @@ import yarl
 from aiohttp.http_exceptions import ContentEncodingError
 
 from schemas.errors import Fault, ProviderFailed, ProviderNonsense, ProviderTimeout, ProviderUnreachable
+from schemas.jobs import Job
 from schemas.settings import WorkerSettings
 from workers.providers.patience import Patience
 
 KEEP_ALIVE_S = 4.0  # an idle connection is dropped before uvicorn (5 s), and so vLLM, drops it under a request of ours
 TRAILER_WAIT_S = 1.0  # after [DONE], for the end of the body: with it the connection can be used again
+OUR_NAME = (
+    "X-Client-Request-Id"  # as OpenAI calls it; vLLM's X-Request-Id would become its own, which may not come twice
+)
 PLAIN_BODY_BYTES_MAX = 1024 * 1024  # a longer body is written in pieces, so that it doesn't hold up the loop
 
 
@@ -49,15 +53,22 @@ class Upstream:
         self._trailing: set[UpstreamAnswer] = set()
         self._closed = False
 
-    async def ask(self, method: str, path: str, *, body: bytes | None = None, patience: Patience) -> UpstreamAnswer:
+    async def ask(
+        self, method: str, path: str, *, body: bytes | None = None, patience: Patience, job: Job | None = None
+    ) -> UpstreamAnswer:
         """The head of the answer, its body still to come. Cancelling this closes the connection.
 
+        If it is for a *job*, the server is told a name of ours for it, by which its own logs can be searched: it tells its own only
+        with the answer.
         Raises: ProviderUnreachable, ProviderTimeout, ProviderNonsense.
         """
         data = body if body is None or len(body) <= PLAIN_BODY_BYTES_MAX else io.BytesIO(body)
+        headers = None if job is None else {OUR_NAME: f"{job.request_id}.{job.epoch}"}
         try:
             async with asyncio.timeout_at(patience.until_s):
-                response = await self._open().request(method, self._url(path), data=data, allow_redirects=False)
+                response = await self._open().request(
+                    method, self._url(path), data=data, headers=headers, allow_redirects=False
+                )
         except aiohttp.ConnectionTimeoutError as error:
             raise ProviderTimeout(f"No connection to the provider within {self._connect_timeout_s:g} s.") from error
         except TimeoutError as error:

@@ -62,7 +62,7 @@ async def go_on(
         for chunk in reader.at_the_limit():
             yield chunk
         return
-    answer = await upstream.ask("POST", "/completions", body=body, patience=patience)
+    answer = await upstream.ask("POST", "/completions", body=body, patience=patience, job=job)
     try:
         await must_be(STREAM, answer, patience)
         at_end = False

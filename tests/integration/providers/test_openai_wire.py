@@ -140,6 +140,12 @@ async def test_the_key_goes_in_the_header_and_no_key_means_no_header(mock: MockP
         await provider.aclose()
 
 
+async def test_the_provider_is_told_our_name_for_the_attempt(mock: MockProvider, provider: Provider) -> None:
+    job = make_job()
+    await hear(provider, job)
+    assert mock.seen[-1].headers["x-client-request-id"] == f"{job.request_id}.{job.epoch}"
+
+
 async def test_cookies_are_not_kept(mock: MockProvider, provider: Provider) -> None:
     mock.script(headers={"set-cookie": "a=b"})
     for _ in range(2):
