@@ -12,16 +12,18 @@ from typing import Any
 
 import aiohttp
 import pytest
+import uvicorn
 
 from bus.publisher import Publisher
 from bus.reader import OrderedReader
 from bus.server import EmbeddedServer
 from bus.streams import stream_state
-from ingress import books
-from schemas import subjects
+from ingress import books, process
+from schemas import codec, subjects
+from tests.factories import make_event
 from tests.integration.ingress.gateway import Gateway, Lines, Wire, bearer, body
 from tests.mock_provider import MockProvider
-from tests.restarts import is_stopped
+from tests.restarts import frozen, is_stopped
 from tests.waiting import eventually
 
 HELD_S = 0.5  # shorter than an error waits for its event
@@ -184,6 +186,23 @@ async def test_a_success_that_never_set_out_is_recorded_as_the_error_that_is_tol
     end = await gateway.ending()
     assert (end["status"], end["http_status"], end["code"]) == ("failed", 200 if b" 200 OK" in told else 503, code)
     assert end["usage"].get("completion_tokens", 0) == len(re.findall(rb"w\d", told))
+
+
+async def test_a_process_that_stops_holds_on_to_its_events_for_what_its_drain_did_not_need(
+    gateway: Gateway, nats_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "FLUSH_WAIT_S", 0.0)
+    log, event = gateway.ingress.log, make_event()
+    server = process._Server(uvicorn.Config(gateway, lifespan="off", log_config=None))
+    with frozen(nats_server.pid):
+        log.note(event)
+        await process._flush((log,), server, drain_s=10.0)  # nobody told it to stop, so there is no time left
+        server.told_at = asyncio.get_running_loop().time()
+        flushing = asyncio.create_task(process._flush((log,), server, drain_s=10.0))
+        await asyncio.sleep(0.2)
+        assert not flushing.done()
+    await flushing
+    assert codec.encode(event) in b"".join(await _stored(gateway))
 
 
 async def test_one_that_is_fenced_off_tells_no_client_of_a_success(
