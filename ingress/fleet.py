@@ -115,6 +115,7 @@ class Fleet:
         self._connection = connection
         self._lost_after_s = lost_after_s
         self._heard: dict[WorkerId, tuple[Presence, float]] = {}
+        self._former: dict[WorkerId, int] = {}  # when the process began that had a worker's name before
         self.version = 0
         self._offers: dict[str, dict[RouteId, Offer]] = {}
         # Whatever was ever offered, so that "not now" isn't "never": model -> route -> its last offer.
@@ -267,6 +268,8 @@ class Fleet:
         if presence.state is WorkerState.GONE:
             self._forget(presence.worker, reason="gone")
             return
+        if self._is_another(presence):
+            self._forget(presence.worker, reason="started_again")
         before = self._heard.get(presence.worker)
         if before is None:
             if len(self._heard) >= WORKERS_MAX:
@@ -277,6 +280,18 @@ class Fleet:
         self._weigh(None if before is None else before[0], presence)
         if before is None or not _offers_the_same(before[0], presence):
             self._index()
+
+    def _is_another(self, presence: Presence) -> bool:
+        """Whether the worker's process isn't the one that was heard before under its name: that one was killed and started again.
+
+        Two that have one name at the same time, which they should not, speak in turns: neither is taken for dead for that.
+        """
+        before = self._heard.get(presence.worker)
+        if before is None or before[0].started_ns == presence.started_ns:
+            return False
+        former = self._former.get(presence.worker)
+        self._former[presence.worker] = before[0].started_ns
+        return former != presence.started_ns
 
     def _forget(self, worker: WorkerId, *, reason: str) -> None:
         heard = self._heard.pop(worker, None)

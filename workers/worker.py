@@ -80,7 +80,7 @@ class Worker:
         self._nats_settings = nats_settings
         self._version = version
         self._started_ns = time.time_ns()
-        self._state = WorkerState.SERVING
+        self._state = WorkerState.GONE
         self._running: dict[Nonce, Running] = {}
         self._kept = KeptReports(asyncio.get_running_loop())
         self._outbox = Outbox(connection)
@@ -96,6 +96,8 @@ class Worker:
         self._outbox.start()
         for subject in (subjects.ctl(self.id), subjects.EVERY_WORKER):
             await self._connection.listen(subject, self._on_command)
+        await self.announce()  # whoever had this name before is gone, whether somebody has noticed or not
+        self._state = WorkerState.SERVING
         await self._connection.listen(subjects.here(self.id), _nothing)
         await self._orphans.start()
         for route in self._routes.values():

@@ -258,12 +258,16 @@ async def test_a_worker_that_is_back_at_once_keeps_its_stream(rig: Rig) -> None:
 
 
 async def test_a_worker_that_is_started_again_goes_on_with_its_own_stream(rig: Rig) -> None:
-    """There is only this one: as a supervisor does, it is started again after it was killed."""
+    """There is only this one: as a supervisor does, it is started again under its name after it was killed.
+
+    Whoever asks after it finds it alive, but it is another process, which knows nothing of the stream.
+    """
     await rig.add_worker("worker-a")
 
     async def restart(_: Heard) -> None:
         await rig.workers["worker-a"].kill()
-        await rig.add_worker("worker-b")
+        await rig.cables["worker-a"].stop()
+        await rig.add_worker("worker-a")
 
     heard = await rig.ask(when=restart)
     check_unbroken(heard)

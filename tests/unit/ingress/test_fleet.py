@@ -69,6 +69,17 @@ async def test_a_draining_worker_offers_nothing_but_is_not_lost(ears: Ears) -> N
     assert ears.lost == []
 
 
+async def test_another_process_under_its_name_is_its_end(ears: Ears) -> None:
+    """It was killed and started again between two beats. Two that share a name speak in turns, and neither is dead."""
+    await ears.hear(presence(started_ns=1))
+    await ears.hear(presence(started_ns=2))
+    assert ears.lost == [WORKER]
+    assert ears.fleet.born_ns(WORKER) == 2
+    await ears.hear(presence(started_ns=1))
+    await ears.hear(presence(started_ns=2))
+    assert ears.lost == [WORKER]
+
+
 async def test_silence_is_loss(ears: Ears) -> None:
     await ears.hear(presence())
     await eventually(lambda: ears.lost == [WORKER])
