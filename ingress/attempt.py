@@ -17,7 +17,7 @@ from ingress.policy.drain import Drain, Place
 from ingress.relay import Switchboard
 from ingress.speech import says_something
 from ingress.trip import Trip
-from schemas.errors import BacklogFull, FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout
+from schemas.errors import BacklogFull, FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout, TotalTimeout
 from schemas.frames import AnyFrame, Delta, Finished, LastFrame
 from schemas.ids import RouteId, WorkerId
 from schemas.jobs import Cancel, Job, Take
@@ -72,6 +72,7 @@ class Attempt:
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.heard_at = time.monotonic()
+        self._ends_at = self.heard_at + job.timeouts.total_s
         self.held: list[Raw] = []  # chunks that have come and not gone out yet
         self.frames_held: list[Delta | Finished] = []  # that they came in
         self.pace = Pace()
@@ -166,7 +167,8 @@ class Attempt:
     def poll(self, now: float) -> list[AnyFrame]:
         """The frames that wait; none if nothing does, or when the client has gone: then ``relay.gone`` says why.
 
-        Raises: WorkerLost or FrameGap after the frames that came before; QueueTimeout, FirstTokenTimeout or IdleTimeout.
+        Raises: WorkerLost or FrameGap after the frames that came before; QueueTimeout, FirstTokenTimeout, IdleTimeout or
+        TotalTimeout.
         """
         frames = self.relay.poll()
         if frames:
@@ -209,6 +211,9 @@ class Attempt:
     @property
     def deadline(self) -> float:
         """When it is given up if nothing comes."""
+        return min(self._next_by(), self._ends_at)
+
+    def _next_by(self) -> float:
         timeouts = self.job.timeouts
         if self.started_at is None:
             return self._until or self.heard_at + (TAKE_WAIT_S if self._to else timeouts.queue_s)
@@ -252,6 +257,8 @@ class Attempt:
         return self._until is not None and self.started_at is None and time.monotonic() >= self._until
 
     def _timeout(self) -> PenstockError:
+        if self._ends_at < self._next_by():
+            return TotalTimeout()
         if self.started_at is None:
             timeouts = self.job.timeouts
             stalled = self._until is not None and timeouts.idle_s < timeouts.queue_s

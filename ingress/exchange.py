@@ -46,6 +46,7 @@ from schemas.errors import (
 from schemas.frames import NOT_TOLD, Delta, Faulted, Finished, Started, Yielded
 from schemas.ids import IngressId, new_nonce
 from schemas.jobs import Job, Timeouts
+from schemas.money import Usage
 
 log = structlog.get_logger()
 
@@ -342,6 +343,10 @@ class Exchange:
         job, receipts, usage = attempt.job, self._s.receipts, None
         if receipts is not None and attempt.worker is not None:
             usage = await receipts.usage(job, attempt.worker)
+        return self._end_of(attempt, finish_reason, usage)
+
+    def _end_of(self, attempt: Attempt, finish_reason: str, usage: Usage | None) -> Finished:
+        job = attempt.job
         frame = Finished(
             request_id=job.request_id,
             epoch=job.epoch,
@@ -394,7 +399,10 @@ class Exchange:
     def _given_up(self) -> Ending:
         if self._gone is not None:
             return self._left(self._gone)
+        attempt, finish_reason = self._running[:1], self._continuing.delivered.finish_reason
         self._stop("total_timeout")
+        if attempt and finish_reason is not None:  # its client has all of it, and waits for the usage alone
+            return Done(self._end_of(attempt[0], finish_reason, None))
         return Broke(TotalTimeout())
 
     def _left(self, reason: str) -> Left:

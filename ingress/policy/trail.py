@@ -49,6 +49,7 @@ _REACH: dict[type[PenstockError], Reach] = {
     errors.ProviderNonsense: Reach.WORKER,
     errors.Fault: Reach.ROUTE,
     errors.QueueTimeout: Reach.ROUTE,
+    errors.TotalTimeout: Reach.ROUTE,  # the route's; the request's own is no attempt's error
     errors.BacklogFull: Reach.ROUTE,
     errors.NoLiveRoute: Reach.ROUTE,
     errors.ProviderRejected: Reach.MODEL,

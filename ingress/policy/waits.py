@@ -10,7 +10,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from schemas.errors import BadRequest, FirstTokenTimeout, IdleTimeout, PenstockError, ProviderTimeout, QueueTimeout
+from schemas.errors import (
+    BadRequest,
+    FirstTokenTimeout,
+    IdleTimeout,
+    PenstockError,
+    ProviderTimeout,
+    QueueTimeout,
+    TotalTimeout,
+)
 from schemas.jobs import TimeLimits, Timeouts
 
 HEADER = b"x-penstock-timeout-"
@@ -25,6 +33,7 @@ _WAITED_FOR: dict[type[PenstockError], tuple[str, ...]] = {
     QueueTimeout: ("queue_s",),
     FirstTokenTimeout: ("first_token_s",),
     IdleTimeout: ("idle_s",),
+    TotalTimeout: ("total_s",),
     ProviderTimeout: ("first_token_s", "idle_s", "total_s"),  # the worker holds its provider to the job's
 }
 

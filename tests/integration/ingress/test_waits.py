@@ -131,7 +131,7 @@ async def test_a_key_states_them_for_its_requests_which_may_not_ask_for_more(
 async def test_a_route_states_them(
     nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
-    route = msgspec.structs.replace(route_settings(mock), timeouts=TimeLimits(first_token_s=0.4))
+    route = msgspec.structs.replace(route_settings(mock), timeouts=TimeLimits(first_token_s=0.4, total_s=0.6))
     settings = IngressSettings(timeouts=timeouts())
     async with (
         ingress_up(nats_server.url, settings=settings, routes=(route,)) as up,
@@ -144,3 +144,25 @@ async def test_a_route_states_them(
             assert await _told(response) == (504, "first_token_timeout")
         assert watch.wall_s >= 0.4
         assert watch.s < 0.4 + SLACK_S
+        mock.script(pace_s=0.05, tokens=1000)
+        watch = Stopwatch()
+        async with session.post(
+            f"{up.base_url}/chat/completions", json=body(stream=True), headers=bearer()
+        ) as response:
+            assert await _told(response) == (200, "total_timeout")
+        assert watch.wall_s >= 0.6
+        assert watch.s < 0.6 + SLACK_S
+        await eventually(lambda: mock.seen[-1].gone_s is not None, what="the provider's connection closed")
+
+
+async def test_a_whole_answer_is_no_failure_because_its_usage_does_not_come_in_time(
+    gateway: Gateway, mock: MockProvider, session: aiohttp.ClientSession
+) -> None:
+    said = ({"delta": {"content": "all"}, "finish_reason": None}, {"delta": {}, "finish_reason": "stop"})
+    chunks = (msgspec.json.encode({"choices": [{"index": 0, **choice}]}).decode() for choice in said)
+    mock.script(raw="".join(f"data: {chunk}\n\n" for chunk in chunks), linger=True)
+    headers = {**bearer(), "x-penstock-timeout-total": "0.3"}
+    async with session.post(gateway.chat_url, json=body(stream=True), headers=headers) as response:
+        assert (await response.read()).strip().endswith(b"data: [DONE]")
+    ending = await gateway.ending()
+    assert (ending["status"], ending["finish_reason"], ending["estimated"]) == ("completed", "stop", True)

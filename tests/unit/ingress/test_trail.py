@@ -76,7 +76,7 @@ def fail(trail: Trail, at: Leg, error: PenstockError, worker: WorkerId | None = 
         (BadRequest(), Reach.REQUEST),
         (QueueUnavailable(), Reach.REQUEST),
         (LogUnavailable(), Reach.REQUEST),
-        (errors.TotalTimeout(), Reach.REQUEST),
+        (errors.TotalTimeout(), Reach.ROUTE),
         (PenstockError(), Reach.REQUEST),
     ],
     ids=lambda value: value.code if isinstance(value, PenstockError) else value.name,

@@ -15,6 +15,7 @@ from schemas.errors import (
     ProviderFailed,
     ProviderTimeout,
     QueueTimeout,
+    TotalTimeout,
 )
 from schemas.jobs import TimeLimits, Timeouts
 
@@ -108,6 +109,7 @@ def test_no_value_breaks_it(value: bytes) -> None:
         (FirstTokenTimeout(), TimeLimits(first_token_s=1), True),
         (IdleTimeout(), TimeLimits(idle_s=29), True),
         (IdleTimeout(), TimeLimits(idle_s=30), False),
+        (TotalTimeout(), TimeLimits(total_s=1), True),
         (ProviderTimeout(), TimeLimits(first_token_s=1), True),
         (ProviderTimeout(), TimeLimits(queue_s=1), False),
         (ProviderFailed(), TimeLimits(queue_s=1, first_token_s=1, idle_s=1, total_s=1), False),
