@@ -161,8 +161,8 @@ async def _serve(
         writer.stop()
         await storing
     finally:
+        server.should_exit = True  # who comes now waits for the next ledger, or is refused
         await queries.close()
-        server.should_exit = True
         await serving
         stopping.cancel()
         knowing.cancel()

@@ -16,6 +16,7 @@ import duckdb
 from ledger.guard import check
 from ledger.problems import SqlError, SqlOutOfMemory, SqlTimeout, TooManyQueries
 from ledger.render import Bounds, Format, Rendered, render_columns, render_rows, types_of
+from schemas.errors import Stopping
 from schemas.settings import LedgerSettings
 
 PARAMS_MAX = 1000
@@ -36,6 +37,7 @@ class Queries:
         self._threads = ThreadPoolExecutor(self._max, thread_name_prefix="sql")
         self._running: dict[asyncio.Future[Rendered], duckdb.DuckDBPyConnection] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     @property
     def running(self) -> int:
@@ -44,8 +46,11 @@ class Queries:
     async def run(self, sql: str, params: Sequence[Any], format_: Format) -> Rendered:
         """The result of *sql*. To cancel this is to give the query up.
 
-        Raises: SqlError, SqlRefused, SqlTimeout, SqlOutOfMemory, ResultTooLarge; TooManyQueries at once at the bound.
+        Raises: SqlError, SqlRefused, SqlTimeout, SqlOutOfMemory, ResultTooLarge; TooManyQueries at once at the bound; Stopping
+        once it is closed.
         """
+        if self._closed:
+            raise Stopping
         if len(self._running) >= self._max:
             raise TooManyQueries
         if len(params) > PARAMS_MAX:
@@ -57,6 +62,8 @@ class Queries:
         except TimeoutError:
             await self._give_up(work)
             raise SqlTimeout(f"The query took longer than the limit of {self._timeout_s:g} s.") from None
+        except SqlTimeout as error:
+            raise Stopping if self._closed else error from None
         except asyncio.CancelledError:
             task = asyncio.create_task(self._give_up(work), name="give-up-query")
             self._closing.add(task)
@@ -69,7 +76,8 @@ class Queries:
             cursor.interrupt()
 
     async def close(self) -> None:
-        """Gives up what runs; waits at most `GIVE_UP_AFTER_S` for it."""
+        """Begins no more, and gives up what runs; waits at most `GIVE_UP_AFTER_S` for it."""
+        self._closed = True
         await asyncio.gather(*(self._give_up(work) for work in list(self._running)))
         self._threads.shutdown(wait=False, cancel_futures=True)
 

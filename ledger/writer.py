@@ -147,7 +147,8 @@ class Writer:
                 took_s = await self._store_batch(name, messages)
                 if reader.caught_up:
                     self._caught_up[name].set()
-                if len(messages) < FULL_BATCH:
+                # What an operator states, such as that a key is revoked, counts at once.
+                if name == subjects.EVENTS and len(messages) < FULL_BATCH:
                     await self._gather(took_s)
             elif not self._caught_up[name].is_set() and await self._nothing_left(reader):
                 self._caught_up[name].set()

@@ -13,6 +13,7 @@ from ledger.problems import SqlError, SqlOutOfMemory, SqlRefused, SqlTimeout, To
 from ledger.query import PARAMS_MAX, Queries
 from ledger.render import Format
 from ledger.store import Store
+from schemas.errors import Stopping
 from schemas.settings import LedgerSettings
 from tests.integration.ledger.conftest import Log
 from tests.stopwatch import Stopwatch
@@ -136,6 +137,16 @@ async def test_a_cancelled_query_stops_working(make_queries: Callable[..., Queri
     await eventually(lambda: queries.running == 1)
     task.cancel()
     await eventually(lambda: queries.running == 0)
+
+
+async def test_who_asks_while_the_ledger_stops_is_told_so(queries: Queries) -> None:
+    running = asyncio.create_task(values(queries, ENDLESS))
+    await eventually(lambda: queries.running == 1)
+    await queries.close()
+    with pytest.raises(Stopping):
+        await running
+    with pytest.raises(Stopping):
+        await values(queries, "select 1")
 
 
 async def test_a_query_that_wants_too_much_memory_fails_alone(open_store: Callable[..., Store]) -> None:

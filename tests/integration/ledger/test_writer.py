@@ -68,6 +68,14 @@ async def test_a_query_sees_what_was_durable_before_it(ledger: RunningLedger) ->
     assert statistics.median(took_s) - watch.waited_s / len(took_s) < 0.1
 
 
+async def test_a_key_counts_as_soon_as_it_is_stated(ledger: RunningLedger) -> None:
+    """Also behind another: what an operator states comes a little at a time, and is not gathered first."""
+    watch = Stopwatch()
+    for number in range(3):
+        await ledger.state(samples.key_stated(f"{number:064x}"))
+    assert watch.s < 0.4
+
+
 async def test_a_ledger_goes_on_where_it_ended(
     nats_server: EmbeddedServer, connection: Connection, publisher: Publisher, home: Path
 ) -> None:
