@@ -73,11 +73,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.runtime: $(VENV)/bin/python requirements/runtime.lock pyproject.toml
 	@echo "Installing the locked dependencies ..."
-	@$(PIP) install --require-hashes -r requirements/runtime.lock
-	@$(PIP) install --no-deps --no-build-isolation --editable . 
+	@$(BIN)/python tools/install requirements/runtime.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements/dev.lock
 	@echo "Installing the locked development tools ..."
-	@$(PIP) install --require-hashes -r requirements/dev.lock
+	@$(BIN)/python tools/install requirements/dev.lock
 	@touch $@
