@@ -147,7 +147,7 @@ async def ledger_up(
         with listening(configured, None) as sock:
             async with _served(writer, queries, sock):
                 yield RunningLedger(url_of(sock), store, writer, queries, publisher, storing)
-        writer.stop()
+                writer.stop()
         await asyncio.wait([storing])
         if not storing.cancelled():
             storing.exception()

@@ -12,9 +12,15 @@ from ledger.guard import SQL_MAX_CHARS, check
 from ledger.problems import SqlError, SqlRefused
 
 
-@pytest.fixture
-def connection() -> Iterator[duckdb.DuckDBPyConnection]:
+@pytest.fixture(scope="module")
+def database() -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect() as made:
+        yield made
+
+
+@pytest.fixture
+def connection(database: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    with database.cursor() as made:
         yield made
 
 

@@ -19,9 +19,15 @@ from ledger.render import Bounds, Format, Rendered, render_columns, render_rows
 AMPLE = Bounds(1000, 1_000_000)
 
 
-@pytest.fixture
-def connection() -> Iterator[duckdb.DuckDBPyConnection]:
+@pytest.fixture(scope="module")
+def database() -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect() as made:
+        yield made
+
+
+@pytest.fixture
+def connection(database: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    with database.cursor() as made:
         yield made
 
 
