@@ -23,7 +23,8 @@ import msgspec
 
 from schemas.errors import PenstockError, SetupError
 from schemas.local import READY_FILE, Ready, home_folder, write_private, write_ready
-from schemas.settings import Settings, load, with_builtin_routes
+from schemas.routes import with_builtin_routes
+from schemas.settings import Settings, load
 
 COMMANDS = {
     "ingress": "ingress.cli:ingress",

@@ -14,7 +14,8 @@ import msgspec
 from schemas.errors import SetupError
 from schemas.ids import IngressId, new_name
 from schemas.local import home_folder, read_ready
-from schemas.settings import load, with_builtin_routes
+from schemas.routes import with_builtin_routes
+from schemas.settings import load
 
 REQUEST_TIMEOUT_S = 30.0
 

@@ -10,7 +10,8 @@ import click
 
 from schemas.errors import SetupError
 from schemas.ids import RouteId, WorkerId, new_name
-from schemas.settings import ModelSettings, RouteSettings, VllmSettings, discovers, load, with_builtin_routes
+from schemas.routes import with_builtin_routes
+from schemas.settings import ModelSettings, RouteSettings, VllmSettings, discovers, load
 
 
 @click.command(

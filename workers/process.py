@@ -20,7 +20,8 @@ from bus.publisher import Publisher
 from schemas.errors import PenstockError
 from schemas.ids import WorkerId
 from schemas.local import write_private
-from schemas.settings import ModelSettings, RouteSettings, Settings, priced
+from schemas.routes import priced
+from schemas.settings import ModelSettings, RouteSettings, Settings
 from schemas.tuning import settle_collector
 from workers.discover import Discovery
 from workers.providers import make_provider

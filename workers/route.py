@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from schemas.jobs import ModelOffer, RouteOffer
-from schemas.settings import ModelSettings, RouteSettings, is_own
+from schemas.routes import is_own
+from schemas.settings import ModelSettings, RouteSettings
 from workers.intake import Intake
 from workers.providers.base import Provider
 

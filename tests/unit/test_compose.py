@@ -24,7 +24,8 @@ from bus.server import find_binary, server_config
 from ingress import process as ingress_process
 from ingress.app import build_app
 from ingress.bootstrap import GIVEN_KEYS, given_keys
-from schemas.settings import MIB, STOP_EXTRA_S, NatsSettings, load, with_builtin_routes
+from schemas.routes import with_builtin_routes
+from schemas.settings import MIB, STOP_EXTRA_S, NatsSettings, load
 from workers import worker
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ import msgspec
 
 from schemas.errors import SetupError
 from schemas.providers import NO_HEADERS, RATE_LIMITS, KnownProvider, known_providers
-from schemas.settings import OWN, RouteSettings, WorkerSettings, completed, known_provider
+from schemas.routes import completed, known_provider
+from schemas.settings import OWN, RouteSettings, WorkerSettings
 from workers.providers.accounts import Accounts, Rules
 from workers.providers.base import Provider
 from workers.providers.echo import Echo

@@ -30,7 +30,8 @@ from schemas.errors import (
 )
 from schemas.jobs import Continues, Job, ModelFingerprint
 from schemas.providers import KnownProvider
-from schemas.settings import RouteSettings, WorkerSettings, completed
+from schemas.routes import completed
+from schemas.settings import RouteSettings, WorkerSettings
 from workers.providers.any_llm_bodies import Answers, honoured, question
 from workers.providers.base import Chunk, Heard, Provider, Tell
 from workers.providers.openai import address, first_key

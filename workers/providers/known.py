@@ -12,7 +12,8 @@ from schemas.errors import SetupError
 from schemas.jobs import Continues, Job
 from schemas.money import Usage
 from schemas.providers import KnownProvider
-from schemas.settings import RouteSettings, WorkerSettings, completed
+from schemas.routes import completed
+from schemas.settings import RouteSettings, WorkerSettings
 from workers.providers.base import Chunk
 from workers.providers.openai import OpenAI, address, first_key, rewritten
 from workers.providers.prefill import MARKS, prefilled

@@ -8,18 +8,9 @@ from schemas.errors import SetupError
 from schemas.ids import RouteId
 from schemas.jobs import Timeouts
 from schemas.money import FREE, UNKNOWN, Price
+from schemas.routes import ECHO, is_own, priced, with_builtin_routes
 from schemas.routing import Block, items_of
-from schemas.settings import (
-    ECHO,
-    ModelSettings,
-    RouteSettings,
-    Settings,
-    is_own,
-    load,
-    priced,
-    secret,
-    with_builtin_routes,
-)
+from schemas.settings import ModelSettings, RouteSettings, Settings, load, secret
 
 ROUTE = '[[routes]]\nid = "r"\nprovider = "openai"\n'
 MODEL = ROUTE + '[[routes.models]]\nname = "m"\n'

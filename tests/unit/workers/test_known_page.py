@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from schemas.settings import load, with_builtin_routes
+from schemas.routes import with_builtin_routes
+from schemas.settings import load
 from tests.integration.providers import example_provider
 from tests.providers_table import PAGE, written
 
