@@ -89,6 +89,17 @@ def document(*, version: str = "dev") -> Json:
 
 def _paths() -> dict[str, Json]:
     return {
+        **_chat_paths(),
+        **_model_paths(),
+        **_admin_paths(),
+        "/healthz": {"get": _probe("live", "The process runs")},
+        "/readyz": {"get": _probe("ready", "Requests can be served now", otherwise={"503": {"description": "No"}})},
+        "/openapi.json": {"get": _probe("document", "This document")},
+    }
+
+
+def _chat_paths() -> dict[str, Json]:
+    return {
         "/v1/chat/completions": {
             "parameters": [_seconds(name, text) for name, text in _TIMEOUT_HEADERS.items()],
             "post": _operation(
@@ -112,6 +123,11 @@ def _paths() -> dict[str, Json]:
                 headers={"Last-Event-ID": "The last event of the stream that the client has"},
             ),
         },
+    }
+
+
+def _model_paths() -> dict[str, Json]:
+    return {
         "/v1/models": {
             "get": _operation(
                 "listModels", "models", "The models that are served", {"200": _answer(ModelList)}, errors=(401,)
@@ -128,6 +144,11 @@ def _paths() -> dict[str, Json]:
                 errors=(401, 404),
             ),
         },
+    }
+
+
+def _admin_paths() -> dict[str, Json]:
+    return {
         "/admin/v1/keys": {
             "get": _operation("listKeys", "admin", "All keys", {"200": _answer(KeyList)}, errors=(401, 403)),
             "post": _operation(
@@ -165,9 +186,6 @@ def _paths() -> dict[str, Json]:
                 "listRoutes", "admin", "All routes and who serves them", {"200": _answer(RouteList)}, errors=(401, 403)
             ),
         },
-        "/healthz": {"get": _probe("live", "The process runs")},
-        "/readyz": {"get": _probe("ready", "Requests can be served now", otherwise={"503": {"description": "No"}})},
-        "/openapi.json": {"get": _probe("document", "This document")},
     }
 
 
