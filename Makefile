@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := schemas bus ingress workers ledger penstock.py
+unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of processes: what one has compiled is there for the next
 
 .PHONY: help up test test-vllm test-gpu conformance faults lint types format bench bench-vllm soak waiting lock clean
 
@@ -79,5 +80,5 @@ $(VENV)/.runtime: $(VENV)/bin/python requirements/runtime.lock pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.runtime requirements/dev.lock
 	@echo "Installing the locked development tools ..."
-	@$(BIN)/python tools/install requirements/dev.lock
+	@$(BIN)/python tools/install requirements/dev.lock --no-compile
 	@touch $@
