@@ -336,12 +336,16 @@ class Fleet:
 
     async def _sweep(self) -> None:
         swept_at = self._loop.time()
+        deaf = False
         while True:
             await asyncio.sleep(SWEEP_EVERY_S)
-            now, before = self._loop.time(), swept_at
-            swept_at = now
-            if not self._connection.is_up:
+            now, before, was_deaf = self._loop.time(), swept_at, deaf
+            swept_at, deaf = now, not self._connection.is_up
+            if deaf:
                 continue  # silence is ours, not theirs
+            if was_deaf:  # it is up some time before a reconnect is told of
+                await self._on_reconnect()
+                continue
             if now - before > SWEEP_EVERY_S + STOOD_STILL_S:  # what was said meanwhile is still to be heard
                 log.info("stood_still", for_s=round(now - before, 1))
                 await self._on_reconnect()

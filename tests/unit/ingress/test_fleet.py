@@ -99,6 +99,17 @@ async def test_silence_while_we_are_deaf_is_not(ears: Ears) -> None:
     await eventually(lambda: ears.lost == [WORKER])
 
 
+async def test_silence_before_a_reconnect_is_told_of_is_not(ears: Ears) -> None:
+    """The connection is up again some moments before it says so: that was when everybody was taken for lost."""
+    await ears.hear(presence())
+    ears.wall.is_up = False
+    await asyncio.sleep(0.7)
+    ears.wall.is_up = True
+    await eventually(lambda: len(ears.wall.said) == 2, what="the next look asks who is there")
+    assert ears.lost == []
+    await eventually(lambda: ears.lost == [WORKER])
+
+
 async def test_silence_while_this_process_stood_still_is_not(ears: Ears) -> None:
     """It wakes, and everybody's beats are still in its socket: nobody is lost before they are read."""
     await ears.hear(presence())
