@@ -185,7 +185,7 @@ async def test_a_success_that_never_set_out_is_recorded_as_the_error_that_is_tol
     assert code.encode() in told
     end = await gateway.ending()
     assert (end["status"], end["http_status"], end["code"]) == ("failed", 200 if b" 200 OK" in told else 503, code)
-    assert end["usage"].get("completion_tokens", 0) == len(re.findall(rb"w\d", told))
+    assert end["usage"].get("completion_tokens", 0) == len(re.findall(rb"\bw\d\b", told))
 
 
 async def test_a_process_that_stops_holds_on_to_its_events_for_what_its_drain_did_not_need(
