@@ -22,8 +22,17 @@ from ingress.neighbours import FarReader
 from ingress.problems import problem_of
 from ingress.protocol import tasks_of
 from ingress.reader import Client, Reader, follow
+from ingress.stopping import uncancel
 from ingress.transcript import Owner, Transcript
-from schemas.errors import AnswerNotFound, BadRequest, LogUnavailable, MethodNotAllowed, PenstockError, QueueUnavailable
+from schemas.errors import (
+    AnswerNotFound,
+    BadRequest,
+    LogUnavailable,
+    MethodNotAllowed,
+    PenstockError,
+    QueueUnavailable,
+    Stopping,
+)
 from schemas.events import RequestReplayed
 from schemas.ids import EventId, RequestId, new_id, request_id_of
 from schemas.settings import IngressSettings
@@ -188,16 +197,22 @@ class Replays:
     ) -> None:
         """The same, unless another ingress runs it, or has run it: then *transcript* gets what that one tells."""
         request_id = transcript.request_id
+        refusal: PenstockError | None = None
+        told = True
         try:
             told = await self._told_elsewhere(exchange.books, transcript, claim=claim, body=body)
         except PenstockError as error:
-            with contextlib.suppress(LogUnavailable):
-                exchange.books.note_refused(error)
-            await make_answer(transcript.send, Line(transcript.cancel, transcript.lose)).fail(problem_of(error))
-            told = True
+            refusal = error.with_traceback(None)
         except asyncio.CancelledError:  # the process stops
-            self.archive.settle(transcript, served=False)
-            raise
+            uncancel()
+            if transcript.status:  # the end of what another one tells is known there
+                transcript.lose()
+            else:
+                refusal = Stopping()
+        if refusal is not None:
+            with contextlib.suppress(LogUnavailable):
+                exchange.books.note_refused(refusal)
+            await make_answer(transcript.send, Line(transcript.cancel, transcript.lose)).fail(problem_of(refusal))
         if told:
             self.archive.settle(transcript, served=False)  # it is the other one's, who tells it again if need be
             return

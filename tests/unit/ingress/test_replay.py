@@ -145,6 +145,26 @@ async def test_what_a_slow_client_was_being_told_at_the_end_of_the_drain_is_not_
     assert _code(client) == "stopping"
 
 
+class Silent:
+    """All other ingresses, while NATS is away."""
+
+    async def look(self, *_: object) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_who_waits_for_the_others_at_the_end_of_the_drain_is_told_what_is_recorded() -> None:
+    """It was told that it had been cancelled, and the ledger knew nothing of it."""
+    bench, client = Bench(), Client(STREAM_BODY)
+    bench.chat.replays._elsewhere = Silent()  # type: ignore[assignment]
+    task = await bench.serve(client, headers=KEYED)
+    await turns()
+    for running in (*bench.tasks, task):
+        running.cancel()
+    await task
+    assert (client.status, _code(client)) == (503, "stopping")
+    assert (bench.log.rejected.code, bench.log.rejected.http_status) == ("stopping", 503)
+
+
 class Gone:
     """Neighbours of whom none answers any more."""
 
