@@ -115,7 +115,7 @@ class Fleet:
         self._connection = connection
         self._lost_after_s = lost_after_s
         self._heard: dict[WorkerId, tuple[Presence, float]] = {}
-        self._former: dict[WorkerId, int] = {}  # when the process began that had a worker's name before
+        self._former: dict[WorkerId, int] = {}  # of those in `_heard`: when the process began that had the name before
         self.version = 0
         self._offers: dict[str, dict[RouteId, Offer]] = {}
         # Whatever was ever offered, so that "not now" isn't "never": model -> route -> its last offer.
@@ -268,8 +268,10 @@ class Fleet:
         if presence.state is WorkerState.GONE:
             self._forget(presence.worker, reason="gone")
             return
-        if self._is_another(presence):
+        former = self._heard.get(presence.worker)
+        if former is not None and self._is_another(former[0], presence):
             self._forget(presence.worker, reason="started_again")
+            self._former[presence.worker] = former[0].started_ns
         before = self._heard.get(presence.worker)
         if before is None:
             if len(self._heard) >= WORKERS_MAX:
@@ -281,20 +283,21 @@ class Fleet:
         if before is None or not _offers_the_same(before[0], presence):
             self._index()
 
-    def _is_another(self, presence: Presence) -> bool:
+    def _is_another(self, before: Presence, now: Presence) -> bool:
         """Whether the worker's process isn't the one that was heard before under its name: that one was killed and started again.
 
         Two that have one name at the same time, which they should not, speak in turns: neither is taken for dead for that.
         """
-        before = self._heard.get(presence.worker)
-        if before is None or before[0].started_ns == presence.started_ns:
+        if before.started_ns == now.started_ns:
             return False
-        former = self._former.get(presence.worker)
-        self._former[presence.worker] = before[0].started_ns
-        return former != presence.started_ns
+        if self._former.get(now.worker) != now.started_ns:
+            return True
+        self._former[now.worker] = before.started_ns
+        return False
 
     def _forget(self, worker: WorkerId, *, reason: str) -> None:
         heard = self._heard.pop(worker, None)
+        self._former.pop(worker, None)
         if heard is not None:
             log.info("worker_offline", worker=worker, reason=reason)
             self._weigh(heard[0], None)
