@@ -205,7 +205,12 @@ class ChatCompletions:
         try:
             await self._services.refusals.record(event, within_s=RECORD_FAILURE_WAIT_S)
         except LogUnavailable as unavailable:
-            log.error("rejection_not_recorded_in_time", code=error.code, error=unavailable.message)
+            log.error(
+                "rejection_not_recorded_in_time",
+                request_id=visit.arrival.request_id,
+                code=error.code,
+                error=unavailable.message,
+            )
         except asyncio.CancelledError:  # the process stops, and the log has the event but can't be reached
             uncancel()
         if not left:

@@ -17,6 +17,7 @@ from typing import Any
 
 from bus.server import die_with_parent
 from tests.faults.clock import SKEWED
+from tests.faults.unrecorded import killed_line
 from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +110,10 @@ class Member:
     async def kill(self) -> None:
         """kill -9, and nobody starts it again until `start`. Returns when it is dead."""
         self.held = True
+        killed_s = time.monotonic()
         await self._end(signal.SIGKILL)
+        with self.command.log_file.open("ab") as log:
+            log.write(killed_line(killed_s))
 
     async def terminate(self) -> None:
         """SIGTERM, and nobody starts it again until `start`. Returns when it has gone."""

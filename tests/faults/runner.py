@@ -16,6 +16,7 @@ from tests.faults.faults import Busy, Fault
 from tests.faults.load import Load
 from tests.faults.quiet import Connections, settle
 from tests.faults.records import End, Record
+from tests.faults.unrecorded import unrecorded
 from tests.faults.verdict import Evidence, Kind, Problem, judge
 from tests.waiting import eventually
 
@@ -150,6 +151,7 @@ class Run:
             self._up.witness.generations,
             await books.entries(self._up, after=position),
             await books.receipts(self._up, after=position),
+            self._unrecorded(),
         )
         made.problems += judge(evidence)
         made.problems += self._complaints.new()
@@ -166,6 +168,13 @@ class Run:
             if len(problem.about) == UUID_CHARS:
                 made.lives[problem.about] = await books.life(self._up, problem.about)
         self._up.witness.forget()
+
+    def _unrecorded(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for member in self._up.named("ingress"):
+            with member.command.log_file.open("rb") as log:
+                found.update(unrecorded(log))
+        return found
 
     async def _position(self) -> int:
         async def told() -> int:

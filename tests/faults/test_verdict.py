@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.faults.deployment import MODEL
 from tests.faults.prompts import Prompt, Word
 from tests.faults.records import End, Record
 from tests.faults.runner import noticed
+from tests.faults.unrecorded import killed_line, unrecorded
 from tests.faults.verdict import Entry, Evidence, Kind, Problem, cost_pico, judge
 from tests.faults.witness import Generation
 
@@ -209,3 +211,27 @@ def test_a_request_without_an_answer_is_noticed_only_if_somebody_took_it() -> No
     assert list(noticed(Evidence([broken], {}, []))) == []
     assert len(list(noticed(Evidence([broken], {}, [entry()])))) == 1
     assert len(list(noticed(Evidence([record(end=End.FAILED)], {}, [])))) == 1
+
+
+def test_a_refusal_may_only_be_missing_if_its_ingress_said_that_it_was_not_recorded_and_was_killed_soon() -> None:
+    refused = record(end=End.FAILED, status=503, code="no_live_route", text="", usage=None, ended_s=100.0)
+    for killed, said, missed in (
+        ({REQUEST: 105.0}, [], False),
+        ({}, [], True),
+        ({"another": 105.0}, [], True),
+        ({REQUEST: 99.0}, [], True),
+        ({REQUEST: 130.0}, [], True),
+        ({REQUEST: 105.0}, [generation()], True),
+    ):
+        assert bool(judge(Evidence([refused], {PROMPT.name: said}, [], unrecorded=killed))) is missed
+
+
+def test_an_ingress_log_tells_which_refusals_died_with_it() -> None:
+    def line(event: str, **more: str) -> bytes:
+        return json.dumps({**more, "event": event}, separators=(",", ":")).encode() + b"\n"
+
+    unsaid = "rejection_not_recorded_in_time"
+    life = [line("listening"), line(unsaid, code="overloaded"), line(unsaid, request_id="a"), line("stopping")]
+    killed = killed_line(7.5).splitlines(keepends=True)
+    assert list(unrecorded([*life, *killed, line(unsaid, request_id="b")])) == [("a", 7.5)]
+    assert list(unrecorded([*life, line("stopped"), line("listening"), *killed])) == []

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tests.faults.deployment import CACHED_PICO, INPUT_PICO, OUTPUT_PICO
 from tests.faults.prompts import Prompt, Word
 from tests.faults.records import End, Record
+from tests.faults.unrecorded import LOG_AWAY_MAX_S
 from tests.faults.witness import Generation
 
 PICO_PER_DOLLAR = 10**12
@@ -65,6 +66,7 @@ class Evidence:
     generations: Mapping[str, Sequence[Generation]]  # by the prompt's name
     entries: Sequence[Entry]
     receipts: frozenset[str] = frozenset()  # the generations, by either name, of which a worker has told the ledger
+    unrecorded: Mapping[str, float] = field(default_factory=dict)  # refused requests: when who knew of it was killed
     by_id: dict[str, list[Entry]] = field(init=False)
     by_hash: dict[str, list[Entry]] = field(init=False)
 
@@ -89,7 +91,7 @@ def judge(evidence: Evidence) -> list[Problem]:
         said = evidence.generations.get(record.prompt.name, ())
         found += _text(record, said)
         if entry is None:
-            found += _missing(record, said, evidence.receipts)
+            found += _missing(record, said, evidence)
         elif entry.status in ENDED:
             found += _truth(record, entry)
             found += _bill(record, entry, said)
@@ -172,21 +174,29 @@ def _may_speak(word: Word, place: int, said: Sequence[Generation], text: str) ->
     return text.split()[:place] == begun.given.split()
 
 
-def _missing(record: Record, said: Sequence[Generation], receipts: frozenset[str]) -> Iterator[Problem]:
+def _missing(record: Record, said: Sequence[Generation], evidence: Evidence) -> Iterator[Problem]:
     """The ledger has no such request: as it should be for one that never arrived, or whose ingress died before it was on record.
 
     Its job may have been queued by then: nothing of it is delivered, and its worker's receipt says what it cost. A refusal is
-    told at once while the log is away, and is in its ingress's memory alone until then. What the provider calls its answer is in a
-    receipt only if that had begun to arrive: the one that was stopped before is found by what its worker calls it.
+    told at once while the log is away, and is in its ingress's memory alone until then, which may be killed. What the provider
+    calls its answer is in a receipt only if that had begun to arrive: the one that was stopped before is found by what its worker
+    calls it.
     """
-    refused = record.end is End.FAILED and record.code in WHILE_THE_LOG_IS_AWAY and not record.text
-    if record.request_id is not None and not refused:
+    refused = record.end is End.FAILED and not record.text
+    excused = record.code in WHILE_THE_LOG_IS_AWAY or _died_with_its_ingress(record, said, evidence)
+    if record.request_id is not None and not (refused and excused):
         told = f"{record.end}, status {record.status} {record.code}"
         yield Problem(Kind.LOST, "what a client was answered is in the ledger", record.request_id, told)
-    elif not all(receipts & {each.name, each.asked_as} for each in said if each.whole):
+    elif not all(evidence.receipts & {each.name, each.asked_as} for each in said if each.whole):
         yield Problem(Kind.LOST, "what was generated is in the ledger", record.prompt.name, f"{len(said)} generations")
     if record.end is End.HUNG:
         yield Problem(Kind.LOST, "every client hears an end", record.prompt.name)
+
+
+def _died_with_its_ingress(record: Record, said: Sequence[Generation], evidence: Evidence) -> bool:
+    """Whether it was refused before any work, by an ingress that was killed within the time that the log can be away."""
+    killed_s = evidence.unrecorded.get(record.request_id or "")
+    return killed_s is not None and not said and 0 <= killed_s - record.ended_s <= LOG_AWAY_MAX_S
 
 
 def _truth(record: Record, entry: Entry) -> Iterator[Problem]:
