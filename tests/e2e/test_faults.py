@@ -147,7 +147,7 @@ async def test_nats_killed_while_idle_is_not_noticed_by_the_next_client(
 
 
 async def test_a_client_that_reads_nothing_is_cut_off_and_told_of(broken_up: Deployment, provider: Provider) -> None:
-    provider.script(text=" ".join(["x" * 16_000] * 1500), pace_s=0.0005)
+    provider.script(text=" ".join(["x" * 16_000] * 1500), pace_s=0.002)
     base_url, key = broken_up.base_url, broken_up.api_key
     raw = json.dumps({"model": MODEL, "messages": messages("hi"), "stream": True}).encode()
     with socket.socket() as client:
