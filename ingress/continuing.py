@@ -85,13 +85,20 @@ class Continuing:
         self._born_ns: dict[WorkerId, int] = {}
         self._declined: dict[WorkerId, float] = {}  # and when
         self._asked = 0
-        self._origin: ModelOffer | None = None  # of the worker that began the answer
+        self._beginner: tuple[Leg, WorkerId] | None = None  # who began the answer
+        self._origin: ModelOffer | None = None  # what that worker offers
 
     def begun(self, leg: Leg, worker: WorkerId) -> None:
         """*worker* has begun the answer at *leg*. What it is is asked now, because it may be gone when it matters."""
-        if self._origin is None:
-            self._origin = self._fleet.offer(leg.model, worker=worker, route=leg.route)
+        self._beginner = self._beginner or (leg, worker)
+        self._look_for_origin()
         self._born_ns[worker] = self._fleet.born_ns(worker) or 0
+
+    def _look_for_origin(self) -> None:
+        """A worker may begin before its presence tells what it is: right after NATS was away."""
+        if self._origin is None and self._beginner is not None:
+            leg, worker = self._beginner
+            self._origin = self._fleet.offer(leg.model, worker=worker, route=leg.route)
 
     def failed(self, worker: WorkerId | None) -> None:
         if worker is not None:
@@ -120,6 +127,7 @@ class Continuing:
         """
         if not isinstance(error, MOVABLE) or self._asked >= ASKED_MAX or self._refused() is not None:
             return None
+        self._look_for_origin()
         found = self._candidates(leg)
         rested = [each for each in found if self._has_rested(each[0].worker)]
         standby = _standby_of(found)

@@ -22,6 +22,7 @@ said AS (
             list(epoch) FILTER (kind = 'attempt.finished' AND position < ended_at),
             max(epoch) FILTER (kind = 'request.finished')
         ), false) AS counted,
+        count(*) FILTER (kind = 'stream.migrated' AND payload->>'$.how' = 'prefix') AS behind_text,
         coalesce(bool_and((payload->>'$.announced')::BOOLEAN) FILTER (kind = 'request.accepted'), false) AS announced,
         count(*) FILTER (kind = 'request.accepted') AS accepted_events,
         count(*) FILTER (kind IN ('request.finished', 'request.rejected')) AS ended_events,
@@ -35,7 +36,7 @@ said AS (
 SELECT
     s.request_id::VARCHAR AS request_id, r.status, r.code, r.http_status, r.prompt_hash, r.estimated, r.attempts, r.migrations,
     r.prompt_tokens, r.completion_tokens, r.cached_tokens, r.cost_usd::VARCHAR AS cost_usd,
-    s.ingress, s.receipts, s.counted, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
+    s.ingress, s.receipts, s.counted, s.behind_text, s.announced, s.accepted_events, s.ended_events, s.event_cost_pico
 FROM said AS s LEFT JOIN requests AS r ON r.request_id = s.request_id
 """
 RECEIPTS = """
@@ -86,6 +87,7 @@ def _entry(row: dict[str, Any]) -> Entry:
         ingress=row["ingress"],
         receipts=row["receipts"],
         counted=row["counted"],
+        behind_text=row["behind_text"],
         announced=row["announced"],
         accepted_events=row["accepted_events"],
         ended_events=row["ended_events"],

@@ -188,6 +188,13 @@ def test_what_nobody_lived_to_tell_may_be_billed_at_nothing() -> None:
     }
 
 
+def test_an_answer_that_went_on_behind_its_text_is_billed_by_an_estimate_and_says_so() -> None:
+    assert found(entries=[entry(estimated=True, migrations=1, behind_text=1)]) == []
+    assert rules(found(entries=[entry(estimated=True, migrations=1)])) == {
+        (Kind.WRONG, "what completed is billed as the provider counted")
+    }
+
+
 def test_what_never_arrived_leaves_no_trace_and_needs_none() -> None:
     lost = record(end=End.BROKEN, request_id=None, status=None, text="", usage=None)
     assert found([lost], [], []) == []

@@ -115,6 +115,18 @@ def test_the_same_model_goes_on_exactly_with_what_was_delivered() -> None:
     assert (onward.continuation.token_ids, onward.continuation.prompt_token_ids) == ((0, 1), (7, 8, 9))
 
 
+def test_what_a_worker_is_may_become_known_while_its_answer_runs() -> None:
+    """Right after NATS was away it begins before its presence has told."""
+    now = Now({})
+    continuing = Continuing(delivered({"content": "a"}), (LEG,), fleet=now, clock=now)  # type: ignore[arg-type]
+    continuing.begun(LEG, W1)
+    now.workers = {W1: offer(), W2: offer()}
+    continuing.failed(W1)
+    onward = continuing.next(LEG, WorkerLost())
+    assert onward is not None
+    assert (onward.workers[0], onward.exact) == (W2, True)
+
+
 @pytest.mark.parametrize(
     ("there", "exact"),
     [
