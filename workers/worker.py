@@ -145,8 +145,8 @@ class Worker:
             self._stop(running, HandedBack(reason="worker_draining"))
         await self._wait_idle(self._settings.drain_s)
         await self._orphans.stop()
-        await self._outbox.stop()
         await self._flush_log(until=max(over_at, asyncio.get_running_loop().time()) + FLUSH_WAIT_S)
+        await self._outbox.stop()  # behind the log: what was lost with a connection is said again once that is back
         if self._forget is not None:
             self._forget()
             self._forget = None

@@ -96,22 +96,29 @@ async def test_a_restart_at_work_costs_no_frame_no_receipt_and_no_slot(
     await eventually(lambda: station.idle and station.credit == 4)
 
 
+@pytest.mark.parametrize("draining", [False, True])
 async def test_a_last_frame_that_was_lost_with_the_connection_is_said_again(
-    nats_server: EmbeddedServer, hire: Hire, desk: Desk
+    draining: bool, nats_server: EmbeddedServer, hire: Hire, desk: Desk
 ) -> None:
     """It was written into a cable that was cut. The ingress can't miss the number of what was to be the last."""
     gate, line = asyncio.Event(), Line(nats_server)
     station = await hire(url=await line.open(), provider=Fake(waits_for(gate)))
     job = await desk.publish()
     await eventually(lambda: desk.kinds(job) == [Started, Delta])
+    drained = asyncio.create_task(station.worker.drain()) if draining else None
+    if draining:
+        await eventually(lambda: not station.pullers)
     line.swallows = True
     gate.set()
     await eventually(lambda: station.idle)
     await eventually(lambda: line.swallowed > 100, what="the loss of the frame")
     assert Finished not in desk.kinds(job)
+    await asyncio.sleep(0.05)  # of its drain nothing is left but that its receipt waits for the log
     line.swallows = False
     line.cut()
     await eventually(lambda: Finished in desk.kinds(job))
+    if drained is not None:
+        await drained
     assert (await eventually(lambda: desk.receipt(job))).outcome == "completed"
     await station.close()
     await line.close()
