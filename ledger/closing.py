@@ -32,10 +32,7 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
         return None
     receipt = _last_receipt(events)
     moves = [event for event in events if isinstance(event, StreamMigrated)]
-    carried = max(
-        (event.tokens_carried for event in events if isinstance(event, AttemptLost | StreamMigrated)), default=0
-    )
-    usage, estimated = _billed(accepted, receipt, carried=carried)
+    usage, estimated = _billed(accepted, receipt, carried=_carried(events))
     price = _price(accepted, receipt)
     started = [event for event in events if isinstance(event, AttemptStarted)]
     attempts = max((event.epoch for event in events), default=0)
@@ -66,6 +63,14 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
         prompt_hash=accepted.prompt_hash,
         hold_pico=accepted.hold_pico,
     )
+
+
+def _carried(events: Iterable[Event]) -> int:
+    """What its client had before the last attempt began, as its ingress told, or its worker where the ingress could not any more."""
+    told = (
+        event.tokens_carried for event in events if isinstance(event, AttemptLost | StreamMigrated | AttemptFinished)
+    )
+    return max(told, default=0)
 
 
 def _last_receipt(events: Iterable[Event]) -> AttemptFinished | None:

@@ -118,6 +118,7 @@ class AttemptFinished(Event, frozen=True, kw_only=True, tag="attempt.finished"):
     upstream_id: str | None = None  # the provider's own id of the answer
     usage: Usage | None = None  # as the provider reported it
     tokens_sent: int = 0  # completion tokens in the frames sent, as the worker counts them
+    tokens_carried: int = 0  # of a continuation: those that its client had before it, which are prompt to its provider
     first_token_us: int | None = None  # from the worker's start of the attempt
     duration_us: int = 0
     finish_reason: str | None = None

@@ -37,6 +37,7 @@ def receipt(
         upstream_id=progress.upstream_id,
         usage=progress.usage,
         tokens_sent=report.tokens,
+        tokens_carried=0 if job.continuation is None else job.continuation.tokens,
         first_token_us=None if first is None else int((first - progress.began) * 1e6),
         duration_us=int((time.monotonic() - progress.began) * 1e6),
         finish_reason=progress.finish_reason,

@@ -90,6 +90,13 @@ def test_an_answer_that_moved_is_billed_with_what_was_delivered_before() -> None
     assert close(*events).usage == Usage(prompt_tokens=10, completion_tokens=5)
 
 
+def test_a_worker_tells_what_was_delivered_before_it_where_the_ingress_could_not() -> None:
+    """It died with what it knew of the move; to the last worker's provider what was carried was prompt."""
+    second = samples.receipt(epoch=2, usage=Usage(prompt_tokens=15, completion_tokens=7), tokens_carried=5)
+    end = close(samples.accepted(prompt_bytes=40), samples.started(), second)
+    assert (end.usage, end.estimated) == (Usage(prompt_tokens=10, completion_tokens=12), True)
+
+
 def test_of_two_attempts_side_by_side_the_one_that_gave_more_decides() -> None:
     """The ingress died before it could say which of them it had given up."""
     first = samples.receipt(usage=None, outcome="cancelled", tokens_sent=50)
