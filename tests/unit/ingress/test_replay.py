@@ -12,10 +12,11 @@ from ingress.neighbours import FarReader
 from ingress.reader import Client as HttpClient
 from ingress.reader import follow
 from schemas.again import Ask, Page
+from schemas.errors import Stopping
 from schemas.events import RequestReplayed
-from schemas.ids import KeyId, OrgId, RequestId
+from schemas.ids import KeyId, OrgId, RequestId, new_id
 from schemas.settings import IngressSettings
-from tests.unit.ingress.doubles import BODY, INGRESS, STREAM_BODY, Bench, Client, turns
+from tests.unit.ingress.doubles import BODY, INGRESS, KEY, STREAM_BODY, Bench, Client, turns
 from tests.waiting import eventually
 
 KEYED = {"Idempotency-Key": "k"}
@@ -151,6 +152,9 @@ class Silent:
     async def look(self, *_: object) -> None:
         await asyncio.Event().wait()
 
+    async def find(self, *_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
 
 async def test_who_waits_for_the_others_at_the_end_of_the_drain_is_told_what_is_recorded() -> None:
     """It was told that it had been cancelled, and the ledger knew nothing of it."""
@@ -163,6 +167,18 @@ async def test_who_waits_for_the_others_at_the_end_of_the_drain_is_told_what_is_
     await task
     assert (client.status, _code(client)) == (503, "stopping")
     assert (bench.log.rejected.code, bench.log.rejected.http_status) == ("stopping", 503)
+
+
+async def test_who_asks_for_an_answer_of_another_ingress_at_the_end_of_the_drain_hears_that_it_stops() -> None:
+    bench, client = Bench(), Client()
+    bench.chat.replays._neighbours = Silent()  # type: ignore[assignment]
+    headers = [(b"authorization", f"Bearer {KEY}".encode())]
+    scope = {"type": "http", "method": "GET", "headers": headers, "path_params": {"completion_id": new_id()}}
+    task = asyncio.create_task(bench.chat.replays.resume(scope, client.receive, client.send))
+    await turns()
+    task.cancel()
+    with pytest.raises(Stopping):
+        await task
 
 
 class Gone:
