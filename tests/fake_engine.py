@@ -47,8 +47,24 @@ class FakeEngine:
         self.dead = False
         self.bodies: list[dict[str, Any]] = []
         self.streams: set[asyncio.StreamWriter] = set()
+        self._open: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
+
+    async def aclose(self) -> None:
+        """Breaks the connections that are still open, and returns when nothing is left of them."""
+        tasks = [task for task in self._open.values() if task is not None]
+        for writer in self._open:
+            writer.transport.abort()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # in which a transport that was aborted closes its socket
 
     async def on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open[writer] = asyncio.current_task()
+        try:
+            await self._answer(reader, writer)
+        finally:
+            del self._open[writer]
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             method, path, _ = head.split(" ", 2)
@@ -151,6 +167,7 @@ async def fake_engine(**wanted: Any) -> AsyncIterator[tuple[FakeEngine, str]]:
     server = await asyncio.start_server(engine.on_connection, "127.0.0.1", 0)
     yield engine, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     server.close()
+    await engine.aclose()
     await server.wait_closed()
 
 
