@@ -29,9 +29,8 @@ PING_EVERY_S = 5.0  # a server that doesn't answer two of them is given up: a cu
 PINGS_UNANSWERED_MAX = 2
 SETTLE_TIMEOUT_S = 1.0
 
-WRONG_LAST_SEQUENCE = frozenset(
-    {10071, 10164}
-)  # of an ApiError; the latter in a cluster, while another message is on its way
+# Of an ApiError; the latter in a cluster, while another message is on its way.
+WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
 KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py handles as it should
 
 LISTEN_BYTES_MAX = 512 * 1024 * 1024  # of one subscription, received and not handled yet

@@ -23,6 +23,7 @@ Prefill = Literal["unknown", "no", "as-it-is", "prefix", "partial"]
 
 _DAY = re.compile(r"20\d\d-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?")
 _ENVIRON = re.compile(r"[A-Z][A-Z0-9_]*")
+_PACKAGE = re.compile(r"pkg:[a-z]+/(?:[^/@]+/)?[^/@]+@[^/@]+")  # https://github.com/package-url/purl-spec
 
 
 class KnownPrice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +36,7 @@ class KnownPrice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt_tokens_max: int | None = None  # longer prompts cost more, which a `Price` can't say
     checked: str  # the day, or the month, on which `source` said so
     source: str  # the provider's own page
-    via: str | None = None  # who read it there, if it wasn't us
+    via: str | None = None  # who read it there, if it wasn't us: a page, or a package by its package URL
     note: str | None = None
 
     def price(self) -> Price:
@@ -175,7 +176,8 @@ def _check(provider: KnownProvider, table: dict[str, object]) -> None:
         if _ENVIRON.fullmatch(variable) is None:
             raise ValueError(f"{variable!r} is no environment variable")
     pages = [provider.docs, provider.base_url, provider.prefill_base_url, provider.prefill_source]
-    pages += [page for row in provider.prices for page in (row.source, row.via)]
+    pages += [row.source for row in provider.prices]
+    pages += [row.via for row in provider.prices if row.via is not None and _PACKAGE.fullmatch(row.via) is None]
     for page in pages:
         if page is not None and not page.startswith("https://"):
             raise ValueError(f"{page!r} is not an https address")

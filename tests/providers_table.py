@@ -75,7 +75,11 @@ def _prices() -> Iterator[str]:
 
 def _source(row: KnownPrice) -> str:
     said = f"[its page]({row.source})"
-    return f"{said}, [as read by others]({row.via})" if row.via else said
+    if row.via is None:
+        return said
+    return (
+        f"{said}, as read by `{row.via}`" if row.via.startswith("pkg:") else f"{said}, [as read by others]({row.via})"
+    )
 
 
 if __name__ == "__main__":

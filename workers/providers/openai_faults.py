@@ -88,7 +88,7 @@ def complaint_of(found: Any) -> Complaint:
         code=_text(code),
         status=_status(code) or _status(error.get("status")) or _status(error.get("status_code")),
         stated="message" in error,
-        key_refused=_names_key(error.get("details")),
+        key_refused=_refuses_key(error.get("details")),
     )
 
 
@@ -146,7 +146,7 @@ def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) ->
     return _bounded((at - (now or datetime.now(UTC))).total_seconds())
 
 
-def _names_key(details: Any) -> bool:
+def _refuses_key(details: Any) -> bool:
     return isinstance(details, list) and any(
         isinstance(detail, dict) and detail.get("reason") == "API_KEY_INVALID" for detail in details
     )

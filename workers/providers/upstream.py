@@ -21,9 +21,8 @@ from workers.providers.patience import Patience
 
 KEEP_ALIVE_S = 4.0  # an idle connection is dropped before uvicorn (5 s), and so vLLM, drops it under a request of ours
 TRAILER_WAIT_S = 1.0  # after [DONE], for the end of the body: with it the connection can be used again
-OUR_NAME = (
-    "X-Client-Request-Id"  # as OpenAI calls it; vLLM's X-Request-Id would become its own, which may not come twice
-)
+# As OpenAI calls it; vLLM's X-Request-Id would become its own, which may not come twice.
+OUR_NAME = "X-Client-Request-Id"
 PLAIN_BODY_BYTES_MAX = 1024 * 1024  # a longer body is written in pieces, so that it doesn't hold up the loop
 
 
