@@ -180,7 +180,7 @@ def _check(provider: KnownProvider, table: dict[str, object]) -> None:
     pages += [row.via for row in provider.prices if row.via is not None and _PACKAGE.fullmatch(row.via) is None]
     for page in pages:
         if page is not None and not page.startswith("https://"):
-            raise ValueError(f"{page!r} is not an https address")
+            raise ValueError(f"{page!r} is not an https address, nor a package with its version")
     if provider.prefill != "unknown" and provider.prefill_source is None:
         raise ValueError("prefill needs a prefill_source")
     if provider.rate_limits not in RATE_LIMITS:

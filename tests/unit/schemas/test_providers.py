@@ -93,6 +93,7 @@ def test_a_provider_is_found_by_its_address_with_and_without_the_slash() -> None
         (('"0.15"', '"-1"'), "zero or more"),
         (('"2026-01-31"', '"January"'), "neither a day nor a month"),
         (("https://p.example/pricing", "http://p.example/pricing"), "not an https address"),
+        (('/pricing"', '/pricing"\nvia = "pkg:pypi/prices"'), "not an https address"),  # which release?
         (('"P_API_KEY"', '"p-key"'), "no environment variable"),
         (('title = "P"', 'title = "P"\nprefil = "no"'), "prefil"),
         (('title = "P"', 'title = "P"\nprefill = "perhaps"'), "perhaps"),
