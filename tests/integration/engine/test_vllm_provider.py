@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from schemas.ids import WorkerId
 from schemas.jobs import EngineStats
 from schemas.settings import ModelSettings, NatsSettings, RouteSettings, VllmSettings, WorkerSettings
 from tests.factories import make_job
-from tests.fake_engine import fake_engine
+from tests.fake_engine import FakeEngine, fake_engine
 from tests.integration.engine.conftest import FAKE, processes_of
 from tests.integration.providers.heard import hear
 from tests.integration.workers.rig import ROUTE, Desk
@@ -32,6 +33,7 @@ from workers.route import Route
 from workers.worker import Worker
 
 MODELS = (ModelSettings(name="m"),)
+Serve = Callable[..., Awaitable[tuple[FakeEngine, str]]]
 Start = Callable[..., Vllm]
 
 
@@ -40,8 +42,19 @@ def asking(text: str = "a b c", **members: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def start() -> AsyncIterator[Start]:
-    """A provider that is closed when the test ends; *told* hears what it says of itself."""
+async def serve() -> AsyncIterator[Serve]:
+    """A fake in this process: it, and its base URL."""
+    async with AsyncExitStack() as running:
+
+        async def serve_one(**wanted: Any) -> tuple[FakeEngine, str]:
+            return await running.enter_async_context(fake_engine(**wanted))
+
+        yield serve_one
+
+
+@pytest.fixture
+async def start(serve: Serve) -> AsyncIterator[Start]:
+    """A provider that is closed when the test ends, before what *serve* serves; *told* hears what it says of itself."""
     made: list[Vllm] = []
 
     def start_one(told: list[str | None], *flags: str, **changes: Any) -> Vllm:
@@ -66,33 +79,33 @@ async def up(told: list[str | None]) -> None:
     await eventually(lambda: bool(told) and told[-1] is None, timeout_s=10, what="it can serve")
 
 
-async def test_a_server_that_knows_token_ids_is_asked_for_them(start: Start) -> None:
+async def test_a_server_that_knows_token_ids_is_asked_for_them(serve: Serve, start: Start) -> None:
     told: list[str | None] = []
-    async with fake_engine() as (engine, base_url):
-        provider = start(told, base_url=base_url)
-        await up(told)
-        assert provider.powers.token_ids
-        heard = await hear(provider, make_job(asking(stream=True)))
-        whole = await hear(provider, make_job(asking()))
-        assert [number for chunk in heard.chunks for number in chunk.token_ids] == [100, 101, 102]
-        assert [chunk.prompt_token_ids for chunk in heard.chunks if chunk.prompt_token_ids] == [(0, 1, 2)]
-        assert whole.chunks[0].token_ids == (100, 101, 102)
-        assert not any(b"token_ids" in piece for piece in [*heard.pieces, *whole.pieces])
-        assert [body["return_token_ids"] for body in engine.bodies[-2:]] == [True, True]
+    engine, base_url = await serve()
+    provider = start(told, base_url=base_url)
+    await up(told)
+    assert provider.powers.token_ids
+    heard = await hear(provider, make_job(asking(stream=True)))
+    whole = await hear(provider, make_job(asking()))
+    assert [number for chunk in heard.chunks for number in chunk.token_ids] == [100, 101, 102]
+    assert [chunk.prompt_token_ids for chunk in heard.chunks if chunk.prompt_token_ids] == [(0, 1, 2)]
+    assert whole.chunks[0].token_ids == (100, 101, 102)
+    assert not any(b"token_ids" in piece for piece in [*heard.pieces, *whole.pieces])
+    assert [body["return_token_ids"] for body in engine.bodies[-2:]] == [True, True]
 
 
 @pytest.mark.parametrize("strict", [True, False])
-async def test_a_server_that_knows_no_token_ids_is_not_asked_for_them(start: Start, strict: bool) -> None:
+async def test_a_server_that_knows_no_token_ids_is_not_asked_for_them(serve: Serve, start: Start, strict: bool) -> None:
     told: list[str | None] = []
-    async with fake_engine(token_ids=False, priority=False, strict=strict, metrics=False) as (engine, base_url):
-        provider = start(told, base_url=base_url)
-        await up(told)
-        assert not provider.powers.token_ids
-        heard = await hear(provider, make_job(asking(stream=True)))
-        assert heard.text == "a b c"
-        assert heard.tokens == 3
-        assert "return_token_ids" not in engine.bodies[-1]
-        assert (provider.slots(), provider.stats()) == (None, None)
+    engine, base_url = await serve(token_ids=False, priority=False, strict=strict, metrics=False)
+    provider = start(told, base_url=base_url)
+    await up(told)
+    assert not provider.powers.token_ids
+    heard = await hear(provider, make_job(asking(stream=True)))
+    assert heard.text == "a b c"
+    assert heard.tokens == 3
+    assert "return_token_ids" not in engine.bodies[-1]
+    assert (provider.slots(), provider.stats()) == (None, None)
 
 
 FLEX = {"service_tier": "flex"}
@@ -110,44 +123,44 @@ ASKED_PRIORITIES: list[tuple[dict[str, Any], object]] = [
 
 @pytest.mark.parametrize(("members", "priority"), ASKED_PRIORITIES, ids=str)
 async def test_a_request_may_let_others_go_first_and_never_go_before_them(
-    start: Start, members: dict[str, Any], priority: object
+    serve: Serve, start: Start, members: dict[str, Any], priority: object
 ) -> None:
     told: list[str | None] = []
-    async with fake_engine() as (engine, base_url):
-        provider = start(told, base_url=base_url)
-        await up(told)
-        assert provider.powers.priority
-        await hear(provider, make_job(asking(**members)))
-        assert engine.bodies[-1].get("priority") == priority
+    engine, base_url = await serve()
+    provider = start(told, base_url=base_url)
+    await up(told)
+    assert provider.powers.priority
+    await hear(provider, make_job(asking(**members)))
+    assert engine.bodies[-1].get("priority") == priority
 
 
 @pytest.mark.parametrize("wanted", [{"priority": False}, {"token_ids": False, "priority": False}], ids=str)
 @pytest.mark.parametrize("strict", [True, False])
 async def test_priority_is_for_a_server_that_is_known_to_know_it(
-    start: Start, wanted: dict[str, bool], *, strict: bool
+    serve: Serve, start: Start, wanted: dict[str, bool], *, strict: bool
 ) -> None:
     """One that is silent about what it doesn't know shows by the token ids whether it is vLLM; then the member harms nothing."""
     told: list[str | None] = []
-    async with fake_engine(strict=strict, **wanted) as (engine, base_url):
-        provider = start(told, base_url=base_url)
-        await up(told)
-        known = not strict and "token_ids" not in wanted
-        assert provider.powers.priority is known
-        await hear(provider, make_job(asking(**FLEX)))
-        assert ("priority" in engine.bodies[-1]) is known
+    engine, base_url = await serve(strict=strict, **wanted)
+    provider = start(told, base_url=base_url)
+    await up(told)
+    known = not strict and "token_ids" not in wanted
+    assert provider.powers.priority is known
+    await hear(provider, make_job(asking(**FLEX)))
+    assert ("priority" in engine.bodies[-1]) is known
 
 
-async def test_an_engine_says_itself_how_much_room_it_has_and_how_it_does(start: Start) -> None:
+async def test_an_engine_says_itself_how_much_room_it_has_and_how_it_does(serve: Serve, start: Start) -> None:
     """A cache of 4096 tokens, and requests of 512 at most."""
     told: list[str | None] = []
-    async with fake_engine() as (_, base_url):
-        provider = start(told, base_url=base_url, max_concurrency=None)
-        await up(told)
-        assert provider.slots() == 8
-        assert provider.stats() == EngineStats(running=0, waiting=0, cache_used=0.25, prefix_asked=200, prefix_found=50)
-        configured = start(told_of_second := [], base_url=base_url, max_concurrency=3)
-        await up(told_of_second)
-        assert configured.slots() is None, "what is configured counts"
+    _, base_url = await serve()
+    provider = start(told, base_url=base_url, max_concurrency=None)
+    await up(told)
+    assert provider.slots() == 8
+    assert provider.stats() == EngineStats(running=0, waiting=0, cache_used=0.25, prefix_asked=200, prefix_found=50)
+    configured = start(told_of_second := [], base_url=base_url, max_concurrency=3)
+    await up(told_of_second)
+    assert configured.slots() is None, "what is configured counts"
 
 
 @pytest.mark.parametrize(
@@ -185,28 +198,30 @@ async def test_an_engine_that_dies_behind_its_front_end_is_down_at_once_and_come
     assert (await hear(provider, make_job(asking(stream=True)))).text == "a b c"
 
 
-async def test_a_server_whose_engine_died_is_down_at_once_and_up_when_it_lives_again(start: Start) -> None:
+async def test_a_server_whose_engine_died_is_down_at_once_and_up_when_it_lives_again(
+    serve: Serve, start: Start
+) -> None:
     told: list[str | None] = []
-    async with fake_engine() as (engine, base_url):
-        provider = start(told, base_url=base_url)
-        await up(told)
-        with pytest.raises(ProviderFailed):
-            await hear(provider, make_job(asking("die", stream=True)))
-        assert told[-1] == "the engine died"
-        await eventually(lambda: any("test request" in (word or "") for word in told), what="it is tried again")
-        engine.dead = False
-        await eventually(lambda: told[-1] is None, timeout_s=15, what="it is up")
+    engine, base_url = await serve()
+    provider = start(told, base_url=base_url)
+    await up(told)
+    with pytest.raises(ProviderFailed):
+        await hear(provider, make_job(asking("die", stream=True)))
+    assert told[-1] == "the engine died"
+    await eventually(lambda: any("test request" in (word or "") for word in told), what="it is tried again")
+    engine.dead = False
+    await eventually(lambda: told[-1] is None, timeout_s=15, what="it is up")
 
 
-async def test_a_fault_that_is_not_the_engines_end_leaves_the_route_up(start: Start) -> None:
+async def test_a_fault_that_is_not_the_engines_end_leaves_the_route_up(serve: Serve, start: Start) -> None:
     told: list[str | None] = []
-    async with fake_engine(strict=True) as (_, base_url):
-        provider = start(told, base_url=base_url)
-        await up(told)
-        heard = len(told)
-        with pytest.raises(Fault):
-            await hear(provider, make_job(asking("hang up", stream=True)))
-        assert len(told) == heard
+    _, base_url = await serve(strict=True)
+    provider = start(told, base_url=base_url)
+    await up(told)
+    heard = len(told)
+    with pytest.raises(Fault):
+        await hear(provider, make_job(asking("hang up", stream=True)))
+    assert len(told) == heard
 
 
 async def test_an_engine_of_its_own_serves_and_is_gone_when_it_is_closed(start: Start) -> None:
