@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from schemas.events import (
     INGRESS_LOST,
@@ -24,7 +24,7 @@ HTTP_STATUS = 502  # its client saw the connection break; a proxy in between tel
 def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str) -> RequestFinished | None:
     """The event that closes the request whose *events* these are, in the log's order; None if it isn't open.
 
-    What the last attempt's receipt says is billed: the provider's own figure, else what was sent; behind that what its client had
+    What the last attempt's receipt says is billed: the provider's own figure, else what was sent; and with it what its client had
     before the answer broke off and moved there. Without any of it nothing is. What else reached the client nobody knows any more.
     """
     accepted = next((event for event in events if isinstance(event, RequestAccepted)), None)
@@ -32,7 +32,7 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
         return None
     receipt = _last_receipt(events)
     moves = [event for event in events if isinstance(event, StreamMigrated)]
-    usage, estimated = _billed(accepted, receipt, carried=_carried(events))
+    usage, estimated = _billed(accepted, receipt, events)
     price = _price(accepted, receipt)
     started = [event for event in events if isinstance(event, AttemptStarted)]
     attempts = max((event.epoch for event in events), default=0)
@@ -65,35 +65,38 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
     )
 
 
-def _carried(events: Iterable[Event]) -> int:
-    """What its client had before the last attempt began, as its ingress told, or its worker where the ingress could not any more."""
-    told = (
-        event.tokens_carried for event in events if isinstance(event, AttemptLost | StreamMigrated | AttemptFinished)
-    )
-    return max(told, default=0)
-
-
-def _last_receipt(events: Iterable[Event]) -> AttemptFinished | None:
-    """Of the attempts that the ingress had not given up. Where two ran side by side, the one that gave more."""
-    events = list(events)
+def _last_receipt(events: Sequence[Event]) -> AttemptFinished | None:
+    """Of the attempts that the ingress had not given up. Where there are several, the one with which its client had most."""
     lost = {event.epoch for event in events if isinstance(event, AttemptLost)}
     receipts = [event for event in events if isinstance(event, AttemptFinished) and event.epoch not in lost]
-    return max(receipts, key=_weight, default=None)
+    return max(receipts, key=lambda receipt: _weight(receipt, events), default=None)
 
 
-def _weight(receipt: AttemptFinished) -> tuple[bool, bool, int, int]:
+def _weight(receipt: AttemptFinished, events: Sequence[Event]) -> tuple[bool, bool, int, int]:
     ended_badly = receipt.outcome in ("failed", "handed_back")
-    return receipt.outcome == "completed", not ended_badly, receipt.tokens_sent, receipt.epoch
+    had = _carried(events, receipt.epoch) + receipt.tokens_sent
+    return receipt.outcome == "completed", not ended_badly, had, receipt.epoch
 
 
-def _billed(accepted: RequestAccepted, receipt: AttemptFinished | None, *, carried: int) -> tuple[Usage, bool]:
-    """Tokens, and whether they are an estimate. *carried* of them had reached the client before the last attempt began.
+def _carried(events: Sequence[Event], epoch: int | None = None) -> int:
+    """What its client had before the attempt *epoch* began; without one, before the last that anybody tells of.
 
-    An attempt that gave nothing costs its client nothing.
+    The ingress tells it, or a worker where the ingress could not any more; of an attempt that was lost, what the next began with.
     """
-    gave = receipt is not None and (receipt.outcome == "completed" or receipt.tokens_sent > 0)
-    if receipt is None or not gave:
+    told = (
+        (event.epoch + isinstance(event, AttemptLost), event.tokens_carried)
+        for event in events
+        if isinstance(event, AttemptLost | StreamMigrated | AttemptFinished)
+    )
+    return max((tokens for begun, tokens in told if epoch is None or begun <= epoch), default=0)
+
+
+def _billed(accepted: RequestAccepted, receipt: AttemptFinished | None, events: Sequence[Event]) -> tuple[Usage, bool]:
+    """Tokens, and whether they are an estimate. An attempt that gave nothing costs its client nothing."""
+    if receipt is None or not (receipt.outcome == "completed" or receipt.tokens_sent > 0):
+        carried = _carried(events)
         return (_estimate(accepted, carried), True) if carried else (Usage(), False)
+    carried = _carried(events, receipt.epoch)
     if carried or receipt.usage is None:  # to the provider of a continuation what was carried is prompt
         tokens = receipt.tokens_sent if receipt.usage is None else receipt.usage.completion_tokens
         return _estimate(accepted, carried + tokens), True

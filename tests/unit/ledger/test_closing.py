@@ -97,6 +97,22 @@ def test_a_worker_tells_what_was_delivered_before_it_where_the_ingress_could_not
     assert (end.usage, end.estimated) == (Usage(prompt_tokens=10, completion_tokens=12), True)
 
 
+def test_what_a_later_attempt_had_carried_is_not_added_to_the_receipt_of_the_one_that_it_came_from() -> None:
+    """The ingress was cut off, took the worker for lost, moved the answer and died; the first worker had completed it."""
+    first = samples.receipt(usage=Usage(prompt_tokens=15, completion_tokens=37), tokens_sent=37)
+    second = samples.receipt(epoch=2, usage=None, outcome="cancelled", tokens_sent=0, tokens_carried=3)
+    end = close(samples.accepted(), samples.started(), first, second)
+    assert (end.usage, end.estimated, end.worker) == (first.usage, False, first.worker)
+
+
+def test_of_an_answer_that_moved_while_its_first_worker_went_on_the_attempt_with_which_the_client_had_more_decides() -> (
+    None
+):
+    first = samples.receipt(usage=None, outcome="cancelled", tokens_sent=5)
+    second = samples.receipt(usage=None, outcome="cancelled", tokens_sent=4, tokens_carried=3, epoch=2)
+    assert close(samples.accepted(), first, second).usage.completion_tokens == 7
+
+
 def test_of_two_attempts_side_by_side_the_one_that_gave_more_decides() -> None:
     """The ingress died before it could say which of them it had given up."""
     first = samples.receipt(usage=None, outcome="cancelled", tokens_sent=50)
