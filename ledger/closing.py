@@ -92,14 +92,17 @@ def _carried(events: Sequence[Event], epoch: int | None = None) -> int:
 
 
 def _billed(accepted: RequestAccepted, receipt: AttemptFinished | None, events: Sequence[Event]) -> tuple[Usage, bool]:
-    """Tokens, and whether they are an estimate. An attempt that gave nothing costs its client nothing."""
+    """Tokens, and whether they are an estimate: never fewer than the client is known to have had.
+
+    An attempt that gave nothing costs its client nothing.
+    """
+    known = _carried(events)
     if receipt is None or not (receipt.outcome == "completed" or receipt.tokens_sent > 0):
-        carried = _carried(events)
-        return (_estimate(accepted, carried), True) if carried else (Usage(), False)
+        return (_estimate(accepted, known), True) if known else (Usage(), False)
     carried = _carried(events, receipt.epoch)
-    if carried or receipt.usage is None:  # to the provider of a continuation what was carried is prompt
-        tokens = receipt.tokens_sent if receipt.usage is None else receipt.usage.completion_tokens
-        return _estimate(accepted, carried + tokens), True
+    tokens = carried + (receipt.tokens_sent if receipt.usage is None else receipt.usage.completion_tokens)
+    if carried or receipt.usage is None or tokens < known:  # to a continuation's provider what was carried is prompt
+        return _estimate(accepted, max(tokens, known)), True
     return receipt.usage, False
 
 

@@ -113,6 +113,14 @@ def test_of_an_answer_that_moved_while_its_first_worker_went_on_the_attempt_with
     assert close(samples.accepted(), first, second).usage.completion_tokens == 7
 
 
+def test_it_is_never_billed_less_than_the_client_is_known_to_have_had() -> None:
+    """The last worker tells what it carried; the one whose receipt decides was only the first of three."""
+    first = samples.receipt(usage=None, outcome="cancelled", tokens_sent=1)
+    third = samples.receipt(usage=None, outcome="failed", tokens_sent=0, tokens_carried=2, epoch=3)
+    end = close(samples.accepted(prompt_bytes=40), first, third)
+    assert (end.usage, end.estimated) == (Usage(prompt_tokens=10, completion_tokens=2), True)
+
+
 def test_of_two_attempts_side_by_side_the_one_that_gave_more_decides() -> None:
     """The ingress died before it could say which of them it had given up."""
     first = samples.receipt(usage=None, outcome="cancelled", tokens_sent=50)
