@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -191,9 +192,11 @@ class Connection:
                 await subscription.drain()  # type: ignore[no-untyped-call]
         except (nats.errors.Error, OSError) as error:  # TimeoutError is an OSError
             log.debug("unsubscribe_failed", error=type(error).__name__)
-            # A drain that was cut off leaves the subscription in the client, which would renew it at each reconnect.
+            # A drain that was cut off leaves the subscription in the client, which would renew it at each reconnect, or has already.
             subscription._stop_processing()  # noqa: SLF001
             self.nc._remove_sub(subscription._id)  # noqa: SLF001
+            with suppress(nats.errors.Error, OSError):
+                await self.nc._send_unsubscribe(subscription._id)  # noqa: SLF001
 
     async def api(self, verb: str, body: object = None, *, timeout_s: float = API_TIMEOUT_S) -> dict[str, Any]:
         """Calls ``$JS.API.<verb>`` and returns its answer.

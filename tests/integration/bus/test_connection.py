@@ -249,6 +249,28 @@ async def test_settling_does_not_hang_on_a_server_that_is_away(nats_server: Embe
     await connection.close()
 
 
+async def test_settling_that_the_connection_breaks_under_leaves_nothing_at_the_server(
+    nats_server: EmbeddedServer,
+) -> None:
+    """The reconnect, quicker than its wait, renews what was being ended: a pull's inbox that would swallow jobs."""
+    one, other = [await connect(nats_server.url, name=name) for name in ("one", "other")]
+    subscription = await one.nc.subscribe("word", cb=_into([]))
+    await one.nc.flush()
+    with frozen(nats_server.pid):
+        settling = asyncio.create_task(one.settle(subscription))
+        await eventually(lambda: one.nc._pongs and not one.nc._pending, every_s=0, what="it waits for the server")
+        breaking = asyncio.create_task(cut(one))
+        await eventually(lambda: not one.is_up, every_s=0, what="the connection is lost")
+    await breaking
+    assert await other.has_listener("word", within_s=0.2)  # renewed
+    await settling
+    await one.nc.flush()
+    assert not await other.has_listener("word", within_s=0.2)
+    assert not one.nc._subs
+    await one.close()
+    await other.close()
+
+
 async def test_a_closed_connection_takes_nothing_and_closing_twice_is_peace(nats_server: EmbeddedServer) -> None:
     connection = await connect(nats_server.url, name="test")
     await connection.close()
