@@ -34,6 +34,7 @@ SETTLE_TIMEOUT_S = 1.0
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
 KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py handles as it should
 
+NO_STATUS = b"NATS/1.0\r\n"  # how headers begin that are a publisher's: they are the stream's to read
 LISTEN_BYTES_MAX = 512 * 1024 * 1024  # of one subscription, received and not handled yet
 LISTEN_MESSAGES_MAX = 1_000_000
 
@@ -43,6 +44,7 @@ Disconnected = Callable[[], None]
 Reconnected = Callable[[], Awaitable[None]]
 Forget = Callable[[], None]
 OnMessage = Callable[[Message], Awaitable[None]]
+Heard = Callable[[Message], None]
 
 __all__ = [
     "WRONG_LAST_SEQUENCE",
@@ -86,8 +88,26 @@ class _Client(Client):
     does over the answer to a flush that nobody waits for any more; this one reconnects, and expects that answer. It
     writes a PING ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind. It
     gives reconnecting up for good over an error that it doesn't expect: this one goes on. It lets an error of its transport out
-    to whoever happens to publish: for this one the connection is lost.
+    to whoever happens to publish: for this one the connection is lost. It hands a message on through a queue and a task, and takes
+    all its headers apart: this one hands it on as it reads it where that is asked for, and looks at headers only for a status.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once: dict[int, Heard] = {}  # by subscription
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        on_message = self.at_once.get(sid)
+        if on_message is None:
+            await super()._process_msg(sid, subject, reply, data, headers)
+            return
+        try:
+            on_message(self._build_message(sid, subject, reply, data, await self._process_headers(headers)))
+        except Exception:  # it must not cost the connection, and with it all that comes behind
+            log.exception("listener_broke")
+
+    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        return None if headers is None or headers.startswith(NO_STATUS) else await super()._process_headers(headers)
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         """The transport of uvloop raises a RuntimeError where it was closed under us, which nobody who publishes expects."""
@@ -178,6 +198,18 @@ class Connection:
         await self.nc.subscribe(
             subject, cb=on_message, pending_msgs_limit=LISTEN_MESSAGES_MAX, pending_bytes_limit=LISTEN_BYTES_MAX
         )
+
+    async def hear(self, subject: str, on_message: Heard) -> None:
+        """Hands every message on *subject* to *on_message* as it is read, in order, for the life of the connection.
+
+        There is no queue before it, and nothing else is read meanwhile: it must be quick.
+        """
+
+        async def late(message: Message) -> None:
+            on_message(message)
+
+        subscription = await self.nc.subscribe(subject, cb=late)
+        self.nc.at_once[subscription._id] = on_message  # noqa: SLF001
 
     async def settle(self, subscription: Subscription) -> None:
         """Ends *subscription*; what its server had sent before is still handed on, unless the connection is away.

@@ -76,6 +76,7 @@ class EventLog:
         self._session = os.urandom(6).hex()
         self._pages = count()
         self._writer: asyncio.Task[None] | None = None
+        self._due: asyncio.TimerHandle | None = None  # for what waits for company
         self._deadlines: dict[asyncio.Future[None], float] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -129,15 +130,17 @@ class EventLog:
                     appended.set_exception(LogUnavailable())
         self._sweeper = None
 
-    def note(self, event: Event) -> None:
+    def note(self, event: Event, *, within_s: float = 0.0) -> None:
         """Like `append`, for events that nobody waits for; nobody misses one behind a fence.
 
+        It may wait *within_s* for another one to share a page with.
         Raises: LogUnavailable at once when too many wait or *event* is larger than a page.
         """
-        self._take(event, None)
+        self._take(event, None, within_s=within_s)
 
     async def flush(self) -> None:
         """Returns when everything that was taken is durable or has failed."""
+        self._begin()
         while self._writer is not None:
             await asyncio.wait([self._writer])
 
@@ -149,7 +152,7 @@ class EventLog:
         if not self.fenced and await self._is_fenced():
             self._stop()
 
-    def _take(self, event: Event, future: Appended | None) -> None:
+    def _take(self, event: Event, future: Appended | None, *, within_s: float = 0.0) -> None:
         if self.fenced:
             if future is None:
                 return
@@ -160,7 +163,17 @@ class EventLog:
         if len(line) > EVENT_MAX_BYTES:  # no page could hold it, and those behind it would wait for ever
             raise LogUnavailable(f"an event of {len(line)} bytes is larger than a page of the log")
         self._waiting.append((line, future))
-        if self._writer is None:
+        if within_s == 0:
+            self._begin()
+        elif self._due is None and self._writer is None:
+            self._due = self._loop.call_later(within_s, self._begin)
+
+    def _begin(self) -> None:
+        """Writes what waits, if nobody is at it."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        if self._writer is None and self._waiting:
             self._writer = asyncio.create_task(self._write_pages(), name="event-log")
 
     async def _write_pages(self) -> None:

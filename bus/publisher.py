@@ -9,9 +9,8 @@ import asyncio
 from itertools import count
 
 import nats.errors
-from nats.aio.msg import Msg
 
-from bus.connection import BusUnavailable, Connection, Forget, MessageTooLarge, api_answer
+from bus.connection import BusUnavailable, Connection, Forget, Message, MessageTooLarge, api_answer
 from schemas.errors import PenstockError
 
 SWEEP_EVERY_S = 0.25
@@ -32,7 +31,7 @@ class Publisher:
 
     async def start(self) -> None:
         inbox = self._connection.nc.new_inbox()
-        await self._connection.nc.subscribe(f"{inbox}.*", cb=self._on_answer)
+        await self._connection.hear(f"{inbox}.*", self._on_answer)
         self._inbox = inbox
         self._forget = self._connection.on_disconnect(self._fail_all)
         self._sweeper = asyncio.create_task(self._sweep(), name="publisher-sweep")
@@ -69,7 +68,7 @@ class Publisher:
         finally:
             self._waiting.pop(number, None)
 
-    async def _on_answer(self, msg: Msg) -> None:
+    def _on_answer(self, msg: Message) -> None:
         future, _ = self._waiting.get(msg.subject.rpartition(".")[2], (None, 0.0))
         if future is None or future.done():
             return

@@ -35,6 +35,9 @@ from schemas.money import Usage, cost, estimate
 log = structlog.get_logger()
 
 RECORD_WAIT_S = 30.0  # how long an answer waits for the log before it becomes an error
+STARTED_WAIT_S = (
+    0.25  # that an attempt began is recorded along with what follows, if that comes soon: a page less for a request
+)
 RECORD_FAILURE_WAIT_S = 1.0  # an error need not wait for its event: the log keeps it
 LAST_WORD_WAIT_S = 5.0  # how long an answer still waits for the log when the process stops
 
@@ -183,7 +186,8 @@ class Books:
                 route=attempt.route,
                 worker=attempt.worker,
                 queue_us=queue_us,
-            )
+            ),
+            within_s=STARTED_WAIT_S,
         )
 
     def note_chunks(self, attempt: Attempt, frame: Delta | Finished, *, now: float) -> None:

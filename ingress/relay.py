@@ -240,7 +240,7 @@ class Switchboard:
         return self._connection.is_up
 
     async def start(self) -> None:
-        await self._connection.listen(subjects.frames_filter(self._ingress), self._on_frame)
+        await self._connection.hear(subjects.frames_filter(self._ingress), self._on_frame)
         self._connection.on_reconnect(self._on_reconnect)
 
     def open(
@@ -311,7 +311,7 @@ class Switchboard:
         except BusUnavailable as error:
             log.warning("command_not_sent", command=type(command).__name__, error=error.message)
 
-    async def _on_frame(self, msg: Message) -> None:
+    def _on_frame(self, msg: Message) -> None:
         worker, nonce = subjects.frame_address(msg.subject)
         relay = self._relays.get(nonce)
         try:

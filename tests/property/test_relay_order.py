@@ -158,7 +158,7 @@ def test_frames_of_another_epoch_never_reach_the_reader_of_this_one(arrivals: li
         got: list[AnyFrame] = []
         for number, seq in arrivals:
             subject = subjects.frames(WORKER, INGRESS, nonces[number])
-            await wall.listeners[subjects.frames_filter(INGRESS)](Message(subject, codec.encode(streams[number][seq])))
+            wall.listeners[subjects.frames_filter(INGRESS)](Message(subject, codec.encode(streams[number][seq])))
             got += await everything(new)
         assert [codec.encode(frame) for frame in got] == [codec.encode(frame) for frame in streams[1][: len(got)]]
         await asyncio.sleep(0)

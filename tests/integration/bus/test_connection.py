@@ -97,6 +97,30 @@ async def test_it_comes_back_by_itself_with_all_that_it_listened_to(nats_server:
     await other.close()
 
 
+async def test_what_is_heard_comes_in_order_also_after_a_reconnect_and_a_listener_that_breaks_misses_but_its_own(
+    nats_server: EmbeddedServer,
+) -> None:
+    one, other = await connect(nats_server.url, name="one"), await connect(nats_server.url, name="other")
+    heard: list[bytes] = []
+
+    def hear(message: Message) -> None:
+        if message.data == b"3":
+            raise RuntimeError
+        heard.append(message.data)
+
+    await one.hear("word.*", hear)
+    await one.nc.flush()
+    for number in range(100):
+        await other.say("word.a", b"%d" % number)
+    await eventually(lambda: len(heard) == 99)
+    await restart(nats_server, one, other)
+    await other.say("word.b", b"last")
+    await eventually(lambda: heard[-1] == b"last")
+    assert heard == [b"%d" % number for number in range(100) if number != 3] + [b"last"]
+    await one.close()
+    await other.close()
+
+
 async def test_what_is_said_while_the_server_is_away_arrives_later(nats_server: EmbeddedServer) -> None:
     connection = await connect(nats_server.url, name="test")
     heard: list[bytes] = []

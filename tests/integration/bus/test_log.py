@@ -67,6 +67,29 @@ async def test_many_events_at_once_cost_few_pages(log: EventLog, connection: Con
     assert pages <= 40  # ten rounds, and some that fell apart
 
 
+async def test_what_may_wait_shares_the_page_of_what_comes_next(log: EventLog, connection: Connection) -> None:
+    events = [make_event(http_status=number) for number in range(3)]
+    for event in events[:2]:
+        log.note(event, within_s=60.0)
+    await asyncio.sleep(0.05)
+    assert await _stored(connection) == []
+    await log.append(events[2])
+    assert await _stored(connection) == events
+    assert (await stream_state(connection, "EVENTS"))["messages"] == 1
+
+
+async def test_what_may_wait_waits_no_longer_and_not_for_a_process_that_ends(
+    log: EventLog, connection: Connection
+) -> None:
+    events = [make_event(http_status=number) for number in range(2)]
+    log.note(events[0], within_s=0.05)
+    await eventually(lambda: log.waiting == 0)
+    await log.flush()
+    log.note(events[1], within_s=60.0)
+    await log.flush()
+    assert await _stored(connection) == events
+
+
 async def test_one_event_alone_does_not_wait_for_others(log: EventLog) -> None:
     await log.append(make_event())
     watch = Stopwatch()

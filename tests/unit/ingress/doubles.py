@@ -52,7 +52,7 @@ class Wall:
 
     def __init__(self) -> None:
         self.said: list[tuple[str, bytes]] = []
-        self.listeners: dict[str, Callable[[Any], Awaitable[None]]] = {}
+        self.listeners: dict[str, Callable[[Any], Any]] = {}
         self.reconnected: list[Callable[[], Awaitable[None]]] = []
 
     @property
@@ -63,6 +63,9 @@ class Wall:
         self.said.append((subject, payload))
 
     async def listen(self, subject: str, on_message: Callable[[Any], Awaitable[None]]) -> None:
+        self.listeners[subject] = on_message
+
+    async def hear(self, subject: str, on_message: Callable[[Any], None]) -> None:
         self.listeners[subject] = on_message
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
@@ -104,7 +107,7 @@ class Log:
         self.events.remove(self._waiting.pop(appended))
         return True
 
-    def note(self, event: Event) -> None:
+    def note(self, event: Event, *, within_s: float = 0.0) -> None:  # noqa: ARG002
         self.events.append(event)
 
     async def record(self, event: Event, *, within_s: float) -> None:

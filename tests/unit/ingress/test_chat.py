@@ -331,7 +331,7 @@ async def test_a_second_worker_with_the_same_job_is_told_to_stop_and_changes_not
         Delta(request_id=job.request_id, epoch=1, seq=2, chunks=(msgspec.Raw(b'{"choices":["strange"]}'),)),
     ]
     for frame in strange:
-        await on_frame(Message(subject, codec.encode(frame)))
+        on_frame(Message(subject, codec.encode(frame)))
     bench.finish(job, 2)
     await task
     await turns()
