@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import time
 
@@ -11,19 +12,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bus.connection import Connection
 from bus.control import ControlFeed
 from ingress.admin import Admin
+from ingress.answer import send_problem
 from ingress.auth import authenticate
 from ingress.chat import ChatCompletions
 from ingress.exchange import Services
 from ingress.fleet import Fleet
 from ingress.problems import problem_of
+from ingress.stopping import uncancel
 from schemas import openapi
 from schemas.control import KeyStated
-from schemas.errors import MethodNotAllowed, ModelNotFound, NotFound, PenstockError
+from schemas.errors import MethodNotAllowed, ModelNotFound, NotFound, PenstockError, Stopping
 from schemas.ids import new_id
 from schemas.settings import IngressSettings
 
@@ -66,9 +69,26 @@ def build_app(
         if scope["type"] == "http" and scope["path"] == CHAT_PATH:
             await chat(scope, receive, send)
         else:
-            await rest(scope, receive, send)
+            await _to_its_end(rest, scope, receive, send)
 
     return app
+
+
+async def _to_its_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """What the end of a drain cuts off says so, if it has said nothing yet."""
+    began = False
+
+    async def say(message: Message) -> None:
+        nonlocal began
+        began = True
+        await send(message)
+
+    try:
+        await app(scope, receive, say)
+    except asyncio.CancelledError:
+        uncancel()
+        if not began:
+            await send_problem(send, problem_of(Stopping()), [(b"x-request-id", new_id().encode())])
 
 
 class Endpoint:

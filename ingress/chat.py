@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from schemas.errors import (
     PenstockError,
     QueueUnavailable,
     RequestTimeout,
+    Stopping,
 )
 from schemas.events import LeftOutLeg, RequestRejected
 from schemas.ids import EventId, OrgId, RequestId, RouteId, new_id
@@ -156,7 +156,7 @@ class ChatCompletions:
         return Exchange(self._services, books, body=for_providers(body) if ours else body, waits=waits)
 
     async def _read_body(self, visit: Visit, scope: Scope, receive: Receive) -> bytes:
-        """Raises: BodyTooLarge, RequestTimeout, Overloaded, ClientLeftError."""
+        """Raises: BodyTooLarge, RequestTimeout, Overloaded, ClientLeftError, Stopping."""
         limit = self._settings.max_body_bytes
         if _content_length(scope["headers"]) > limit:
             raise _too_large(limit)
@@ -182,6 +182,9 @@ class ChatCompletions:
             raise RequestTimeout(
                 f"The request body did not arrive within {self._settings.body_timeout_s:g} s."
             ) from error
+        except asyncio.CancelledError:  # the process stops
+            uncancel()
+            raise Stopping from None
 
     async def _reject(self, error: PenstockError, visit: Visit, receive: Receive, send: Send) -> None:
         """Records why, then says why."""
@@ -223,7 +226,7 @@ class ChatCompletions:
                 await send_problem(send, problem, [*headers, (b"connection", b"close")], more=True)
                 await _drain(receive)
                 await end_body(send)
-            case RequestTimeout():
+            case RequestTimeout() | Stopping():
                 await send_problem(send, problem, [*headers, (b"connection", b"close")])
             case MethodNotAllowed():
                 await send_problem(send, problem, [*headers, (b"allow", b"POST")])
@@ -236,10 +239,14 @@ async def _drain(receive: Receive) -> None:
 
     To close with something unread resets the connection, and a client that is still writing would never read why.
     """
-    with contextlib.suppress(TimeoutError):
+    try:
         async with asyncio.timeout(DRAIN_S):
             while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
                 pass
+    except TimeoutError:
+        pass
+    except asyncio.CancelledError:  # the process stops
+        uncancel()
 
 
 def _left_out(error: PenstockError) -> tuple[LeftOutLeg, ...]:

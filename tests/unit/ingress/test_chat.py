@@ -197,6 +197,26 @@ async def test_a_refusal_that_a_stopping_process_can_not_record_is_told_all_the_
     assert (client.status, _error_code(client)) == (400, "invalid_request")
 
 
+async def test_a_body_that_is_not_here_yet_when_the_process_stops_is_refused_with_that() -> None:
+    bench, client = Bench(), Client(BODY[:20], whole=False)
+    task = await bench.serve(client)
+    await turns()
+    task.cancel()
+    await task
+    assert (client.status, _error_code(client)) == (503, "stopping")
+    assert (bench.log.rejected.code, bench.log.rejected.http_status) == ("stopping", 503)
+
+
+async def test_a_refused_body_is_not_read_on_when_the_process_stops() -> None:
+    bench = Bench(settings=IngressSettings(max_body_bytes=30))
+    client = Client(b"x" * 31, whole=False)
+    task = await bench.serve(client)
+    await eventually(lambda: client.status == 413)
+    task.cancel()
+    await task
+    assert client.is_over
+
+
 async def test_a_body_in_many_parts_is_one_body() -> None:
     bench, client = Bench(), Client(BODY[:1], whole=False)
     for at in range(1, len(BODY)):
