@@ -14,9 +14,7 @@ from tests.faults.verdict import Kind, Problem
 
 SETTLE_MAX_S = 90.0  # what an ingress left open when it died is closed within 60
 LOOK_EVERY_S = 0.2
-SPARE_SUBSCRIPTIONS = (
-    2  # a process may be ready a moment before it has subscribed to all: to its answers, when it first asks
-)
+SPARE_SUBSCRIPTIONS = 2  # a process may be ready before it has subscribed to all: to its answers when it first asks
 MOVES_MAX_S = 5.0  # a worker's pulls move to new inboxes now and then, all at once: it has both for a moment
 OPEN = """
 SELECT count(*) AS n FROM requests WHERE status = 'open' AND request_id IN (
