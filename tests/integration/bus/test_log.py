@@ -170,6 +170,7 @@ async def test_nothing_is_lost_or_doubled_when_the_server_is_killed_again_and_ag
         before = len(durable)
         await eventually(lambda before=before: len(durable) > before + 50, what="some durable events")
         await restart(nats_server)
+    await restart(nats_server, connection)  # whose last breath could otherwise be taken while we look
     for writer in writers:
         writer.cancel()
     await asyncio.gather(*writers, return_exceptions=True)
