@@ -44,7 +44,7 @@ Disconnected = Callable[[], None]
 Reconnected = Callable[[], Awaitable[None]]
 Forget = Callable[[], None]
 OnMessage = Callable[[Message], Awaitable[None]]
-Heard = Callable[[Message], None]
+OnHeard = Callable[[Message], None]
 
 __all__ = [
     "WRONG_LAST_SEQUENCE",
@@ -94,7 +94,7 @@ class _Client(Client):
 
     def __init__(self) -> None:
         super().__init__()
-        self.at_once: dict[int, Heard] = {}  # by subscription
+        self.at_once: dict[int, OnHeard] = {}  # by subscription
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         on_message = self.at_once.get(sid)
@@ -199,7 +199,7 @@ class Connection:
             subject, cb=on_message, pending_msgs_limit=LISTEN_MESSAGES_MAX, pending_bytes_limit=LISTEN_BYTES_MAX
         )
 
-    async def hear(self, subject: str, on_message: Heard) -> None:
+    async def hear(self, subject: str, on_message: OnHeard) -> None:
         """Hands every message on *subject* to *on_message* as it is read, in order, for the life of the connection.
 
         There is no queue before it, and nothing else is read meanwhile: it must be quick.

@@ -75,7 +75,7 @@ def build_app(
 
 
 async def _to_its_end(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """What the end of a drain cuts off says so, if it has said nothing yet."""
+    """Runs *app*; what the end of a drain cuts off says so, if it has said nothing yet. The hot path sees to that itself."""
     began = False
 
     async def say(message: Message) -> None:

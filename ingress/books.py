@@ -35,9 +35,7 @@ from schemas.money import Usage, cost, estimate
 log = structlog.get_logger()
 
 RECORD_WAIT_S = 30.0  # how long an answer waits for the log before it becomes an error
-STARTED_WAIT_S = (
-    0.25  # that an attempt began is recorded along with what follows, if that comes soon: a page less for a request
-)
+STARTED_WAIT_S = 0.25  # that an attempt began may wait for what follows, and share its page: one less for a request
 RECORD_FAILURE_WAIT_S = 1.0  # an error need not wait for its event: the log keeps it
 LAST_WORD_WAIT_S = 5.0  # how long an answer still waits for the log when the process stops
 

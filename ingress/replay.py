@@ -163,11 +163,7 @@ class Replays:
             request_id = request_id_of(scope["path_params"]["completion_id"])
         except ValueError as error:
             raise AnswerNotFound from error
-        try:
-            reader = await self._find(principal, request_id, after=after)
-        except asyncio.CancelledError:  # the process stops
-            uncancel()
-            raise Stopping from None
+        reader = await self._find(principal, request_id, after=after)
         await follow(reader, Client(scope, receive, send), headers=[REPLAYED])
 
     async def _find(self, principal: Principal, request_id: RequestId, *, after: int) -> Reader | FarReader:

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from bus.connection import BusUnavailable
+from ingress.app import _to_its_end
 from ingress.neighbours import FarReader
 from ingress.reader import Client as HttpClient
 from ingress.reader import follow
 from schemas.again import Ask, Page
-from schemas.errors import Stopping
 from schemas.events import RequestReplayed
 from schemas.ids import KeyId, OrgId, RequestId, new_id
 from schemas.settings import IngressSettings
@@ -174,11 +174,12 @@ async def test_who_asks_for_an_answer_of_another_ingress_at_the_end_of_the_drain
     bench.chat.replays._neighbours = Silent()  # type: ignore[assignment]
     headers = [(b"authorization", f"Bearer {KEY}".encode())]
     scope = {"type": "http", "method": "GET", "headers": headers, "path_params": {"completion_id": new_id()}}
-    task = asyncio.create_task(bench.chat.replays.resume(scope, client.receive, client.send))
+    task = asyncio.create_task(_to_its_end(bench.chat.replays.resume, scope, client.receive, client.send))
     await turns()
     task.cancel()
-    with pytest.raises(Stopping):
-        await task
+    await task
+    assert client.status == 503
+    assert b'"stopping"' in client.body
 
 
 class Gone:
