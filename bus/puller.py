@@ -104,6 +104,11 @@ class Puller:
         while self._subscriptions:
             await self._connection.settle(self._subscriptions.pop())
 
+    @property
+    def credit(self) -> int:
+        """How many messages were granted and have not come."""
+        return self._credit
+
     def grant(self, credit: int) -> None:
         self._credit += credit
         self._wake_if_due()

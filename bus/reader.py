@@ -4,6 +4,11 @@ An explicit-ack consumer with a high-water mark loses events, because redelivery
 AckNone consumer that begins behind the reader's own position. Such a consumer numbers its deliveries, too: if one of them is
 missing, messages were lost on the way, and the consumer is made anew; if none is and the stream's next message still isn't the
 first that comes, that one is gone: `StreamGap`.
+
+A message that is sent as soon as it is stored wakes the server's reader and this process for itself alone. So while nobody waits in
+`batch`, only such messages are asked for as are known to be there, to have them at hand; what is stored meanwhile is asked for by
+the next call: for one message, which says how many are behind it, and then for all of those at once.
+Source: docs/adr/0011-append.md
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from schemas.errors import PenstockError
 from schemas.ids import new_name
 
 WINDOW = 512  # messages asked for and not handed out yet
+BURST_WAIT_S = 0.1  # for the rest of what was there, once the first of it has come
 READER_IDLE_S = 30
 SHORT_LOOKS_MAX = 10
 SHORT_LOOK_EVERY_S = 0.1
@@ -61,13 +67,14 @@ class OrderedReader:
         self._waiting: deque[StoredMessage] = deque()
         self._arrived = asyncio.Event()
         self._gap: StreamGap | None = None
-        self._behind = 0
+        self._behind = 0  # so many were left to read when the last message came, or when the reader began
+        self._loop = asyncio.get_running_loop()
         self._puller = Puller(connection, stream=stream, ensure=self._make_consumer, on_message=self._on_message)
 
     async def start(self) -> None:
         """Raises: ApiError, BusUnavailable."""
         await self._puller.start()
-        self._puller.grant(WINDOW)
+        self._ask()
 
     async def close(self) -> None:
         await self._puller.stop()
@@ -91,18 +98,38 @@ class OrderedReader:
         Raises: StreamGap.
         """
         if not self._waiting and self._gap is None:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._arrived.wait()
-            except TimeoutError:
+            self._ask(at_least=1)
+            if not await self._arrives(wait_s):
                 return []
+        until = self._loop.time() + BURST_WAIT_S
+        while self._more_comes(max_messages) and await self._arrives(until - self._loop.time()):
+            pass
         if self._gap is not None and not self._waiting:
             raise self._gap
         taken = [self._waiting.popleft() for _ in range(min(max_messages, len(self._waiting)))]
         self._handed = taken[-1].seq
-        self._puller.grant(len(taken))
+        self._ask()
         return taken
+
+    def _ask(self, *, at_least: int = 0) -> None:
+        """Asks for what is known to be there, or for *at_least* so many; for no more than the window takes."""
+        wanted = min(WINDOW - len(self._waiting), max(self._behind, at_least))
+        if wanted > self._puller.credit:
+            self._puller.grant(wanted - self._puller.credit)
+
+    def _more_comes(self, max_messages: int) -> bool:
+        """Whether more is there than has come, and has been asked for."""
+        return len(self._waiting) < max_messages and min(self._behind, self._puller.credit) > 0 and self._gap is None
+
+    async def _arrives(self, wait_s: float) -> bool:
+        """Whether a message comes, or a gap shows, within *wait_s*."""
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _make_consumer(self) -> str:
         self._consumer = ""
@@ -154,6 +181,7 @@ class OrderedReader:
             self._seen = seq
             self._behind = behind
             self._waiting.append(StoredMessage(msg.subject, seq, msg.data))
+            self._ask()
             self._arrived.set()
 
     def _refuse(self, *, got: int) -> None:

@@ -130,8 +130,7 @@ class Intake:
         if self._paused:
             puller.pause()
         await puller.start()
-        if self._paused:  # also if it came to that meanwhile
-            puller.pause()
+        (puller.pause if self._paused else puller.resume)()  # an engine may have become ready meanwhile, or ill
         self._pullers[model] = puller
         puller.grant(1 if self._pool else self._slots)
 

@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from nats.aio.subscription import Subscription
 
-from bus.connection import Connection, connect
+from bus.connection import Connection, Message, connect
 from bus.publisher import Publisher
+from bus.puller import EXPIRES_S, LOOK_EVERY_S, QUIET_S
 from bus.reader import WINDOW, OrderedReader, StoredMessage, StreamGap
 from bus.server import EmbeddedServer
 from bus.streams import ensure_streams, stream_state
@@ -165,6 +167,13 @@ async def test_the_window_keeps_its_size_over_lost_connections(
     await connection.close()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pulls are taken for lost sooner, so that a test needn't wait for it."""
+    monkeypatch.setattr("bus.puller.LAPSE_GRACE_S", 0.2 - EXPIRES_S)
+
+
+@pytest.mark.usefixtures("impatient")
 async def test_messages_that_were_lost_on_the_way_are_fetched_again(
     connection: Connection, publisher: Publisher, scratch: str
 ) -> None:
@@ -172,17 +181,18 @@ async def test_messages_that_were_lost_on_the_way_are_fetched_again(
     await _fill(publisher, 10)
     async with _reading(connection, scratch) as reader:
         messages = await _read(reader, 10)
-        subscription = reader._puller._subscriptions[-1]
-        subscription._pending_bytes_limit = 1  # too small for any message: nats-py drops them
-        await _fill(publisher, 5)
-        await eventually(lambda: _delivered(connection, reader, 15))
+        await _fill(publisher, 10)
+        subscription = _drops_what_was_there(reader)
+        messages += await _read(reader, 1)
+        await eventually(lambda: _delivered(connection, reader, 20))
         subscription._pending_bytes_limit = 1024 * 1024
         await _fill(publisher, 5)
-        messages += await _read(reader, 10)
-        assert reader._puller._credit == WINDOW  # what came from the consumer that was left cost nothing
-    assert [message.seq for message in messages] == list(range(1, 21))
+        messages += await _read(reader, 14)
+        assert reader._puller.credit == 0  # what came from the consumer that was left cost nothing
+    assert [message.seq for message in messages] == list(range(1, 26))
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_fold_notices_messages_that_were_lost_on_the_way(
     connection: Connection, publisher: Publisher, scratch: str
 ) -> None:
@@ -190,13 +200,14 @@ async def test_a_fold_notices_messages_that_were_lost_on_the_way(
     await _fill(publisher, 5)
     async with _reading(connection, scratch, last_per_subject=True) as reader:
         assert [message.seq for message in await _read(reader, 1)] == [5]
-        subscription = reader._puller._subscriptions[-1]
-        subscription._pending_bytes_limit = 1
-        await publisher.publish("scratch.lost", b"x", timeout_s=5.0)
-        await eventually(lambda: _delivered(connection, reader, 2))
+        for name in ("b", "lost"):
+            await publisher.publish(f"scratch.{name}", b"x", timeout_s=5.0)
+        subscription = _drops_what_was_there(reader)
+        assert [message.subject for message in await _read(reader, 1)] == ["scratch.b"]
+        await eventually(lambda: _delivered(connection, reader, 3))
         subscription._pending_bytes_limit = 1024 * 1024
-        await publisher.publish("scratch.b", b"x", timeout_s=5.0)
-        assert [message.subject for message in await _read(reader, 2)] == ["scratch.lost", "scratch.b"]
+        await publisher.publish("scratch.c", b"x", timeout_s=5.0)
+        assert [message.subject for message in await _read(reader, 2)] == ["scratch.lost", "scratch.c"]
 
 
 @pytest.mark.parametrize("missing", [1, 2, 50, 100])
@@ -283,8 +294,25 @@ async def test_a_fold_misses_nothing_over_a_restart(nats_server: EmbeddedServer,
 
 async def test_closing_leaves_no_pull_behind(connection: Connection, scratch: str) -> None:
     async with _reading(connection, scratch) as reader:
+        assert await reader.batch(max_messages=1, wait_s=0.05) == []
         await eventually(lambda: _waits(connection, reader))
     assert not await _waits(connection, reader)
+
+
+async def test_nobody_is_woken_for_what_comes_while_nobody_waits(
+    connection: Connection, publisher: Publisher, scratch: str
+) -> None:
+    """All of it comes at once when somebody does."""
+    async with _reading(connection, scratch) as reader:
+        assert await reader.batch(max_messages=1, wait_s=0.05) == []
+        await _fill(publisher, 1)
+        await eventually(lambda: _delivered(connection, reader, 1))
+        await _fill(publisher, 49)
+        assert len(await reader.batch(max_messages=100, wait_s=5.0)) == 1
+        await asyncio.sleep(QUIET_S + LOOK_EVERY_S + 0.1)  # by when a puller asks for all that it may
+        assert await _delivered(connection, reader, 1)
+        assert len(await reader.batch(max_messages=100, wait_s=5.0)) == 49
+        assert reader.caught_up
 
 
 @asynccontextmanager
@@ -309,6 +337,19 @@ async def _fill(publisher: Publisher, messages: int) -> None:
     for begin in range(0, messages, 500):
         numbers = range(begin, min(messages, begin + 500))
         await asyncio.gather(*(publisher.publish("scratch.a", b"%d" % n, timeout_s=5.0) for n in numbers))
+
+
+def _drops_what_was_there(reader: OrderedReader) -> Subscription:
+    """The first of what waits in the stream comes; for the others the client has no room, until its subscription gets some."""
+    subscription, on_message = reader._puller._subscriptions[-1], reader._on_message
+
+    async def no_room_for_more(message: Message) -> None:
+        subscription._pending_bytes_limit = 1  # too small for any message: nats-py drops them
+        reader._puller._on_message = on_message
+        await on_message(message)
+
+    reader._puller._on_message = no_room_for_more
+    return subscription
 
 
 async def _info(connection: Connection, reader: OrderedReader) -> dict[str, Any]:
