@@ -22,7 +22,7 @@ _EARLIEST_FINAL_STATUS = 200  # those before it announce another answer
 class HttpConnection(asyncio.Protocol):
     """For one request at a time: `ask`, then `wait` until the *status* is there (0 before that), then `take` until it is *complete*.
 
-    *lost*: it is closed. *malformed*: it was, because what came is not HTTP. *reusable*: another request may follow this one.
+    *lost*: it is closed. *malformed*: it was, because what came is not HTTP.
     Names of *headers* are in lower case; of a header that comes more than once it is the first.
     """
 
@@ -30,10 +30,10 @@ class HttpConnection(asyncio.Protocol):
         self.status = 0
         self.headers: dict[str, str] = {}
         self.complete = True
-        self.reusable = True
         self.lost = False
         self.malformed = False
         self.idle_since = 0.0  # by the loop's clock, while nobody uses it
+        self._keeps = True  # it may be used again, as far as was said on it
         self._on_lost = on_lost
         self._on_over: Callable[[], None] | None = None  # set while what comes is of no interest
         self._parser = httptools.HttpResponseParser(self)
@@ -44,6 +44,11 @@ class HttpConnection(asyncio.Protocol):
         self._body_bytes = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def reusable(self) -> bool:
+        """Another request may be sent."""
+        return self.complete and self._keeps and not self._transport.is_closing()
 
     def ask(self, head: bytes, body: bytes) -> None:
         """Sends a request; nothing of another one may be left."""
@@ -92,16 +97,16 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         if exc is None and self.status and not self.complete and self._ends_with_connection():
-            self.complete, self.reusable = True, False
+            self.complete, self._keeps = True, False
         self._tell()
         self._on_lost(self)
 
     def eof_received(self) -> None:
-        self.reusable = False  # it closes itself now
+        self._keeps = False  # it closes itself now
 
     def data_received(self, data: bytes) -> None:
         if self.complete:  # nobody has asked for it
-            self.reusable = False
+            self._keeps = False
             self.abort()
             return
         if not self.status:
@@ -111,16 +116,17 @@ class HttpConnection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.malformed = True
         if self.malformed or (not self.status and self._head_bytes > HEAD_BYTES_MAX):
-            self.malformed, self.reusable = True, False
+            self.malformed, self._keeps = True, False
             self.abort()
         self._tell()
 
     def on_message_begin(self) -> None:
         if self.complete:
-            self.reusable = False  # more has come than was asked for
+            self._keeps = False  # more has come than was asked for
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        if not self.status:  # else it is a trailer, or of an answer that nobody has asked for
+            self.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -141,7 +147,10 @@ class HttpConnection(asyncio.Protocol):
             self.headers = {}  # of an announcement
             return
         self.complete = True
-        self.reusable = self.reusable and self._parser.should_keep_alive()
+        said_early = (
+            self._transport.get_write_buffer_size() > 0
+        )  # what isn't sent of its request would be read as the next
+        self._keeps = self._keeps and self._parser.should_keep_alive() and not said_early
 
     def _ends_with_connection(self) -> bool:
         """Whether the answer says of itself neither how long it is nor where it ends."""

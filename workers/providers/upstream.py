@@ -49,13 +49,14 @@ class Upstream:
         self._socket = socket
         self._base_url = yarl.URL(base_url)
         self._tls = ssl.create_default_context() if self._base_url.scheme == "https" else None
-        self._headers = {
+        ours = {
             "Host": self._base_url.host_port_subcomponent or "",
             "Accept": "*/*",
             "Accept-Encoding": "identity",
             "User-Agent": "penstock",
-            **headers,
         }
+        given = [*ours.items(), *headers.items()]
+        self._headers = {name.lower(): f"{name}: {value}" for name, value in given}  # lines; those of *headers* count
         self._starts: dict[tuple[str, str], bytes] = {}  # of requests, by method and path
         self._connect_timeout_s = settings.connect_timeout_s
         self._slots = asyncio.Semaphore(max_concurrency)  # an answer has one until it is over
@@ -99,7 +100,7 @@ class Upstream:
         self._slots.release()
         if connection.lost:
             return
-        if self._closed or not (connection.complete and connection.reusable):
+        if self._closed or not connection.reusable:
             connection.abort()
             return
         loop = asyncio.get_running_loop()
@@ -124,7 +125,7 @@ class Upstream:
         """What all requests to *path* begin with."""
         whole = self._base_url.raw_path.rstrip("/") + path
         target = self._base_url.with_path(whole, encoded=True, keep_query=True).raw_path_qs
-        lines = (f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in self._headers.items()), "")
+        lines = (f"{method} {target} HTTP/1.1", *self._headers.values(), "")
         return "\r\n".join(lines).encode()
 
     async def _connection(self, patience: Patience) -> HttpConnection:

@@ -200,6 +200,56 @@ async def test_what_comes_to_an_idle_connection_ends_it() -> None:
         assert server.connections == 2
 
 
+async def test_an_answer_before_the_whole_request_ends_the_connection() -> None:
+    """What is left of the body would be read as the next request."""
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 0\r\n\r\n")
+        await asyncio.sleep(60)
+
+    async with serving(speak) as (server, port), calling(f"http://127.0.0.1:{port}/v1") as upstream:
+        answer = await upstream.ask("POST", "/chat/completions", body=b"x" * 64 * 1024 * 1024, patience=patience())
+        assert (answer.status, await answer.read(patience())) == (413, b"")
+        answer.close()
+        assert upstream._idle == []
+        await eventually(lambda: not upstream._connections)
+        assert server.connections == 1
+
+
+async def test_a_trailer_is_no_header() -> None:
+    said = OK + b"transfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nretry-after: 1\r\n\r\n"
+    async with serving(saying(said)) as (_, port), calling(f"http://127.0.0.1:{port}/v1") as upstream:
+        answer = await upstream.ask("GET", "/models", patience=patience())
+        assert await answer.read_all(BYTES_MAX, patience()) == b"hi"
+        assert answer.headers == {"transfer-encoding": "chunked"}
+        answer.close()
+
+
+async def test_given_headers_count_however_they_are_written() -> None:
+    heads: list[bytes] = []
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(WHOLE)
+
+    async with serving(speak) as (_, port):
+        given = {"user-agent": "ours", "HOST": "models.example", "X-Org": "a"}
+        upstream = Upstream(f"http://127.0.0.1:{port}/v1", given, max_concurrency=1, settings=WorkerSettings())
+        assert await get(upstream) == (200, b"hi")
+        await upstream.aclose()
+    assert heads[0].decode().split("\r\n") == [
+        "GET /v1/models HTTP/1.1",
+        "HOST: models.example",
+        "Accept: */*",
+        "Accept-Encoding: identity",
+        "user-agent: ours",
+        "X-Org: a",
+        "",
+        "",
+    ]
+
+
 async def test_a_connection_that_its_server_closed_is_not_used_again() -> None:
     async with (
         serving(saying(WHOLE, then_close=True)) as (server, port),
