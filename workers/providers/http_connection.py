@@ -51,7 +51,8 @@ class HttpConnection(asyncio.Protocol):
         return self.complete and self._keeps and not self._transport.is_closing()
 
     def ask(self, head: bytes, body: bytes) -> None:
-        """Sends a request; nothing of another one may be left."""
+        """Sends a request. What was left of the answer before it is dropped."""
+        self.drop()
         self.status, self.headers, self.complete, self._head_bytes = 0, {}, False, 0
         if len(body) <= TOGETHER_BYTES_MAX:
             self._transport.write(head + body)
@@ -73,15 +74,18 @@ class HttpConnection(asyncio.Protocol):
         if not self._body:
             return b""
         data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body.clear()
-        self._body_bytes = 0
-        self._go_on()
+        self.drop()
         return data
 
     def ignore(self, on_over: Callable[[], None]) -> None:
         """Takes the rest of the answer for nobody; *on_over* is called when it is complete or lost."""
         self._on_over = on_over
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets what has come of the body and was not taken: it must never be read as part of the next answer."""
         self._body.clear()
+        self._body_bytes = 0
         self._go_on()
 
     def abort(self) -> None:

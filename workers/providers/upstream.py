@@ -103,6 +103,7 @@ class Upstream:
         if self._closed or not connection.reusable:
             connection.abort()
             return
+        connection.drop()
         loop = asyncio.get_running_loop()
         connection.idle_since = loop.time()
         self._idle.append(connection)

@@ -200,6 +200,28 @@ async def test_what_comes_to_an_idle_connection_ends_it() -> None:
         assert server.connections == 2
 
 
+@pytest.mark.parametrize("end", [UpstreamAnswer.close, UpstreamAnswer.let_go])
+@pytest.mark.parametrize("size", [5, 2 * READ_AHEAD_BYTES])
+async def test_what_nobody_took_of_an_answer_is_not_in_the_next(
+    size: int, end: Callable[[UpstreamAnswer], None]
+) -> None:
+    """Whoever has found its stop in what it has read takes no more, although all of it has come."""
+    first = OK + b"content-length: %d\r\n\r\n" % size + b"x" * size
+    async with (
+        serving(saying(first, WHOLE)) as (server, port),
+        calling(f"http://127.0.0.1:{port}/v1") as upstream,
+    ):
+        answer = await upstream.ask("GET", "/models", patience=patience())
+        connection = answer._connection
+        assert connection is not None
+        await eventually(lambda: connection.complete or connection._paused)
+        end(answer)
+        await eventually(lambda: upstream._idle == [connection] or connection.lost)
+        assert connection.lost or (connection._body, connection._paused) == ([], False)
+        assert await get(upstream) == (200, b"hi")
+        assert server.connections == 1 + connection.lost
+
+
 async def test_an_answer_before_the_whole_request_ends_the_connection() -> None:
     """What is left of the body would be read as the next request."""
 
