@@ -87,8 +87,9 @@ async def serving(
 def saying(*answers: bytes, then_close: bool = False) -> Speak:
     """Says one of *answers* for each request, the last of them again and again."""
 
+    left = list(answers)
+
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        left = list(answers)
         while True:
             await reader.readuntil(b"\r\n\r\n")
             writer.write(left.pop(0) if len(left) > 1 else left[0])
