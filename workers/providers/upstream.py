@@ -188,6 +188,9 @@ class Upstream:
             except BaseException:
                 sock.close()
                 raise
+        if self._closed or not connection.reusable:  # a server that took it to close it at once
+            connection.abort()
+            raise ConnectionResetError
         self._connections.add(connection)
         return connection
 

@@ -89,18 +89,16 @@ async def test_both_speak_at_once_and_only_one_is_heard(
 ) -> None:
     """Whoever wins: not a word of the other is in the answer, and only one is paid."""
     up = await open_routes("first", "second")
-    races = 0
+    late_s = 0.1  # that the second may be asked late on a busy machine
     for number in range(10):
-        up.mock("first").script(text="a a a a", delay_s=AFTER_S + 0.02 + number * 0.003, pace_s=0.005)
-        up.mock("second").script(text="b b b b", delay_s=0.02, pace_s=0.005)
+        up.mock("first").script(text="a a a a", delay_s=AFTER_S + late_s + number * 0.003, pace_s=0.005)
+        up.mock("second").script(text="b b b b", delay_s=late_s, pace_s=0.005)
         text, answer = await _text(session, up)
         assert text in ("a a a a", "b b b b")
         event = await up.ending(answer.request_id)
         assert event["route"] == {"a": "first", "b": "second"}[text[0]]
-        lost = len(up.of(answer.request_id, "attempt.lost"))
-        assert (_usage(event).completion_tokens, event["attempts"]) == (4, lost + 1)
-        races += lost
-    assert races > 0  # on a busy machine the first may have spoken before the second was asked
+        assert (_usage(event).completion_tokens, event["attempts"]) == (4, 2)
+        assert len(up.of(answer.request_id, "attempt.lost")) == 1
 
 
 async def test_a_fast_answer_has_no_second_attempt(open_routes: OpenRoutes, session: aiohttp.ClientSession) -> None:

@@ -447,6 +447,46 @@ async def test_a_closed_provider_is_asked_nothing_and_leaves_nothing_open() -> N
             await get(upstream)
 
 
+async def test_a_provider_that_is_closed_while_it_connects_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, may_resolve = asyncio.get_running_loop(), asyncio.Event()
+    resolve = loop.getaddrinfo
+
+    async def late(*args: Any, **more: Any) -> list[Any]:
+        await may_resolve.wait()
+        return list(await resolve(*args, **more))
+
+    async with serving(saying(WHOLE)) as (server, port), calling(f"http://127.0.0.1:{port}") as upstream:
+        monkeypatch.setattr(loop, "getaddrinfo", late)
+        asking = asyncio.create_task(get(upstream))
+        await asyncio.sleep(0)
+        await upstream.aclose()
+        may_resolve.set()
+        with pytest.raises(ProviderUnreachable):
+            await asking
+        await eventually(lambda: server.open == 0)
+        assert upstream._connections == set()
+
+
+async def test_a_server_that_closes_a_connection_as_it_takes_it_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be known already when connecting returns: then nothing may be written, which some transports answer with an error."""
+    loop = asyncio.get_running_loop()
+    connect = loop.create_connection
+
+    async def cut(*args: Any, **more: Any) -> Any:
+        transport, protocol = await connect(*args, **more)
+        transport.abort()
+        await asyncio.sleep(0.01)
+        return transport, protocol
+
+    async with serving(saying(WHOLE)) as (_, port), calling(f"http://127.0.0.1:{port}") as upstream:
+        monkeypatch.setattr(loop, "create_connection", cut)
+        with pytest.raises(ProviderUnreachable):
+            await get(upstream)
+        assert (upstream._connections, upstream._slots._value) == (set(), 4)
+        monkeypatch.undo()
+        assert await get(upstream) == (200, b"hi")
+
+
 async def test_a_name_with_a_dead_address_is_reached_at_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a machine has an IPv6 address and no way to the IPv6 network: its packets are answered by nobody."""
     with socket.socket() as full:
