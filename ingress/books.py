@@ -13,13 +13,13 @@ from bus.log import Appended, EventLog
 from ingress.attempt import Attempt
 from ingress.continuing import Onward
 from ingress.policy.routing import Leg, Plan
-from ingress.policy.trail import HEDGE_LOST
 from ingress.problems import CLIENT_LEFT_STATUS, problem_of
 from ingress.stopping import uncancel
 from schemas.chat import ChatRequest
 from schemas.control import KeyStated
 from schemas.errors import BacklogFull, LogUnavailable, PenstockError, Stopping
 from schemas.events import (
+    HEDGE_LOST,
     AttemptLost,
     AttemptStarted,
     LeftOutLeg,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from bus.claims import Claims, Held
 from ingress.archive import Claim, fingerprint
 from ingress.neighbours import FarReader, Neighbours
+from ingress.stopping import uncancel
 from ingress.transcript import EVENT, Transcript
 from schemas.again import Ask, Holder
 from schemas.errors import AnswerNotFound, AnswerNotKept, IdempotencyKeyReused, QueueUnavailable
 from schemas.ids import IngressId, RequestId
 
 HOLDERS_MAX = 5  # of one claim that are gone, one after the other
+GIVE_BACK_WAIT_S = 1.0  # for a claim to be free
 
 
 class Elsewhere:
@@ -21,6 +25,7 @@ class Elsewhere:
         self._neighbours = neighbours
         self._ingress = ingress
         self._ttl_s = ttl_s
+        self._giving_back: set[asyncio.Future[None]] = set()
 
     async def look(self, claim: Claim, request_id: RequestId, body: bytes) -> FarReader | None:
         """The answer that another ingress has, or is making; None if the request is ours now: nobody has it.
@@ -42,8 +47,18 @@ class Elsewhere:
         raise QueueUnavailable
 
     async def give_back(self, claim: Claim, request_id: RequestId, body: bytes) -> None:
-        """What was neither served nor billed may be tried again, by anybody."""
-        await self._claims.give_back(claim.name, self._holder(request_id, body))
+        """What was neither served nor billed may be tried again, by anybody.
+
+        Returns when the claim is free, or can't be freed: by then its client may be told. It waits for `GIVE_BACK_WAIT_S` at most, and
+        what takes longer goes on behind.
+        """
+        work = asyncio.ensure_future(self._claims.give_back(claim.name, self._holder(request_id, body)))
+        self._giving_back.add(work)
+        work.add_done_callback(self._giving_back.discard)
+        try:
+            await asyncio.wait([work], timeout=GIVE_BACK_WAIT_S)
+        except asyncio.CancelledError:  # the process stops
+            uncancel()
 
     async def _far(self, held: Held, claim: Claim) -> FarReader | None:
         """None if who holds it is gone or has forgotten: a claim of ours that isn't in the archive is over, too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -25,7 +26,7 @@ from ingress.neighbours import Neighbours
 from ingress.overdue import Overdue
 from ingress.policy.drain import Drain
 from ingress.policy.routing import Leg
-from ingress.policy.trail import HEDGE_LOST, Trail
+from ingress.policy.trail import Trail
 from ingress.policy.waits import Waits
 from ingress.problems import fault_of, problem_of
 from ingress.receipts import Receipts
@@ -43,12 +44,15 @@ from schemas.errors import (
     WorkerStalled,
     WorkerYielded,
 )
+from schemas.events import HEDGE_LOST
 from schemas.frames import NOT_TOLD, Delta, Faulted, Finished, Started, Yielded
 from schemas.ids import IngressId, new_nonce
 from schemas.jobs import Job, Timeouts
 from schemas.money import Usage
 
 log = structlog.get_logger()
+
+OnUnserved = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +91,16 @@ class Exchange:
         self._gone: str | None = None  # why the client is there no more
         self._comment_at = 0.0
         self._hedge_at = math.inf  # when a second attempt begins beside the first
+        self._on_unserved: OnUnserved | None = None
         self._answer: Answer
         self._limit: asyncio.Timeout
 
-    async def run(self, answer: Answer, receive: Receive) -> None:
-        """Serves the request on *answer*. Watches *receive* for the client's leaving all the while."""
-        self._answer = answer
+    async def run(self, answer: Answer, receive: Receive, *, on_unserved: OnUnserved | None = None) -> None:
+        """Serves the request on *answer*. Watches *receive* for the client's leaving all the while.
+
+        If it was neither served nor billed, *on_unserved* is awaited before anybody hears of that.
+        """
+        self._answer, self._on_unserved = answer, on_unserved
         listener = asyncio.create_task(self._listen(receive))
         try:
             async with asyncio.timeout(self._waits.total_s) as self._limit:
@@ -367,7 +375,10 @@ class Exchange:
         """Records the end, durably, and only then sends the client's last byte."""
         self.books.delivered = self._answer.delivered
         tokens = self._continuing.delivered.tokens
-        match await self.books.close(ending, began=self._answer.began, delivered_tokens=tokens):
+        told = await self.books.close(ending, began=self._answer.began, delivered_tokens=tokens)
+        if self._on_unserved is not None and not self.books.served:
+            await self._on_unserved()
+        match told:
             case Done(frame):
                 own = frame.usage is not None and frame.usage_raw != NOT_TOLD
                 usage = bytes(frame.usage_raw) if own else usage_json(frame.usage or self.books.estimate())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -17,7 +18,7 @@ from ingress.archive import Archive, Claim
 from ingress.auth import Principal, authenticate
 from ingress.books import Books
 from ingress.elsewhere import Elsewhere, mirror
-from ingress.exchange import Exchange, Services
+from ingress.exchange import Exchange, OnUnserved, Services
 from ingress.neighbours import FarReader
 from ingress.problems import problem_of
 from ingress.protocol import tasks_of
@@ -181,13 +182,19 @@ class Replays:
         self._note(request_id, principal, by="last_event_id", after=after, running=not transcript.ended)
         return Reader(transcript, after=after)
 
-    async def _run(self, exchange: Exchange, make_answer: MakeAnswer, transcript: Transcript) -> None:
+    async def _run(
+        self,
+        exchange: Exchange,
+        make_answer: MakeAnswer,
+        transcript: Transcript,
+        *,
+        on_unserved: OnUnserved | None = None,
+    ) -> None:
         """Runs *exchange* for whoever is attached to *transcript*."""
         self.running += 1
+        answer = make_answer(transcript.send, Line(transcript.cancel, transcript.lose))
         try:
-            await exchange.run(
-                make_answer(transcript.send, Line(transcript.cancel, transcript.lose)), transcript.deserted
-            )
+            await exchange.run(answer, transcript.deserted, on_unserved=on_unserved)
         finally:
             self.running -= 1
             self.archive.settle(transcript, served=exchange.books.served)
@@ -216,9 +223,8 @@ class Replays:
         if told:
             self.archive.settle(transcript, served=False)  # it is the other one's, who tells it again if need be
             return
-        await self._run(exchange, make_answer, transcript)
-        if self._elsewhere is not None and not exchange.books.served:
-            await self._elsewhere.give_back(claim, request_id, body)
+        free = None if self._elsewhere is None else partial(self._elsewhere.give_back, claim, request_id, body)
+        await self._run(exchange, make_answer, transcript, on_unserved=free)
 
     async def _told_elsewhere(self, books: Books, transcript: Transcript, *, claim: Claim, body: bytes) -> bool:
         """Whether *transcript* was told by another ingress, as far as that went.

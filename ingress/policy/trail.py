@@ -21,10 +21,10 @@ from enum import IntEnum
 from ingress.policy.routing import Leg, Plan
 from schemas import errors
 from schemas.errors import PenstockError, ProviderRejected, WorkerLost, WorkerYielded
+from schemas.events import HEDGE_LOST
 from schemas.ids import WorkerId
 
 ATTEMPTS_MAX = 12  # of one request
-HEDGE_LOST = "hedge_lost"  # the code of an attempt that another one was faster than
 LOST_MAX = 3  # workers that one request may lose: it may be the request that brings them down
 TRIES_PER_LEG_MAX = 2  # with another worker each; a lost worker's are not counted
 

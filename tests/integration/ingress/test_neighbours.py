@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 
+from bus.claims import Claims
 from bus.server import EmbeddedServer
+from ingress.elsewhere import GIVE_BACK_WAIT_S
 from ingress.neighbours import LEASE_S
+from schemas.again import Holder
 from schemas.settings import IngressSettings
 from tests.integration.ingress.gateway import (
     ADMIN_KEY,
@@ -202,9 +206,25 @@ async def test_the_same_key_with_another_body_is_refused_at_every_ingress(
     assert len(mock.seen) == 1
 
 
+def slow_to_give_back(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
+    give_back = Claims.give_back
+
+    async def slowly(claims: Claims, name: str, holder: Holder) -> None:
+        await asyncio.sleep(delay_s)
+        await give_back(claims, name, holder)
+
+    monkeypatch.setattr(Claims, "give_back", slowly)
+
+
 async def test_what_cost_nothing_at_one_ingress_is_tried_again_at_another(
-    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession
+    gateway: Gateway,
+    other: IngressUnderTest,
+    mock: MockProvider,
+    session: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """At once: a client that hears of it finds its key free everywhere, however long that takes NATS."""
+    slow_to_give_back(monkeypatch, 0.3)
     mock.script(status=500)
     async with keyed(gateway.ingress, session) as answer:
         assert answer.status == 502
@@ -213,6 +233,31 @@ async def test_what_cost_nothing_at_one_ingress_is_tried_again_at_another(
         assert answer.status == 200
         assert b"now" in await answer.read()
         assert "x-penstock-replayed" not in answer.headers
+
+
+async def test_a_client_is_told_that_it_failed_where_its_key_cant_be_given_back(
+    gateway: Gateway,
+    other: IngressUnderTest,
+    mock: MockProvider,
+    session: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not in time; it is free later."""
+    slow_to_give_back(monkeypatch, GIVE_BACK_WAIT_S + 2)
+    mock.script(status=500)
+    began = time.monotonic()
+    async with keyed(gateway.ingress, session) as answer:
+        assert answer.status == 502
+    assert GIVE_BACK_WAIT_S <= time.monotonic() - began < GIVE_BACK_WAIT_S + 2
+    mock.script(text="now")
+
+    async def answered() -> bool:
+        async with keyed(other, session) as again:
+            return again.status == 200
+
+    while not await answered():
+        assert time.monotonic() - began < 30
+        await asyncio.sleep(0.1)
 
 
 async def test_a_claim_of_an_ingress_that_is_gone_is_taken_over(
