@@ -18,6 +18,7 @@ from ingress.relay import Switchboard
 from ingress.speech import says_something
 from ingress.trip import Trip
 from schemas.errors import BacklogFull, FirstTokenTimeout, IdleTimeout, PenstockError, QueueTimeout, TotalTimeout
+from schemas.events import BEGUN_ELSEWHERE
 from schemas.frames import AnyFrame, Delta, Finished, LastFrame
 from schemas.ids import RouteId, WorkerId
 from schemas.jobs import Cancel, Job, Take
@@ -155,7 +156,7 @@ class Attempt:
             self._drain.began(self.place, now=at)
         self._no_longer_overdue()
         if self.asked:
-            self._recall("begun_elsewhere")
+            self._recall(BEGUN_ELSEWHERE)
             if self._job_seq is not None:
                 self._switchboard.spawn(self._queue.withdraw(self._job_seq))
 

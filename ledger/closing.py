@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from schemas.events import (
+    BEGUN_ELSEWHERE,
+    HEDGE_LOST,
     INGRESS_LOST,
     AttemptFinished,
     AttemptLost,
@@ -68,7 +70,16 @@ def closing(events: Sequence[Event], *, id_: EventId, now_ns: int, producer: str
 def _last_receipt(events: Sequence[Event]) -> AttemptFinished | None:
     """Of the attempts that the ingress had not given up. Where there are several, the one with which its client had most."""
     lost = {event.epoch for event in events if isinstance(event, AttemptLost)}
-    receipts = [event for event in events if isinstance(event, AttemptFinished) and event.epoch not in lost]
+    # The queue may give one job to two workers: its client hears the one that the ingress heard begin.
+    heard = {event.epoch: event.worker for event in events if isinstance(event, AttemptStarted)}
+    receipts = [
+        event
+        for event in events
+        if isinstance(event, AttemptFinished)
+        and event.epoch not in lost
+        and event.code not in (BEGUN_ELSEWHERE, HEDGE_LOST)
+        and heard.get(event.epoch, event.worker) == event.worker
+    ]
     return max(receipts, key=lambda receipt: _weight(receipt, events), default=None)
 
 

@@ -13,6 +13,9 @@ from schemas.ids import EventId, KeyId, OrgId, RequestId, RouteId, WorkerId
 from schemas.money import Price, Usage
 
 INGRESS_LOST = "ingress_lost"  # the code of what ended because the ingress that served it died
+# The codes of attempts that the ingress gave up because another one counts: of what they gave nobody was told anything.
+BEGUN_ELSEWHERE = "begun_elsewhere"  # another worker had begun the same job before
+HEDGE_LOST = "hedge_lost"  # another attempt was faster
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="kind"):

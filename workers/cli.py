@@ -10,14 +10,24 @@ import click
 
 from schemas.errors import SetupError
 from schemas.ids import RouteId, WorkerId, new_name
+from schemas.local import nats_url
 from schemas.routes import with_builtin_routes
 from schemas.settings import ModelSettings, RouteSettings, VllmSettings, discovers, load
 
 
 @click.command(
-    epilog="Example: PENSTOCK_NATS=nats://127.0.0.1:4222 penstock worker --config penstock.toml --route openai"
+    epilog="Examples: penstock worker --model Qwen/Qwen3-0.6B beside `penstock up`; for a cluster, "
+    "PENSTOCK_NATS=nats://127.0.0.1:4222 penstock worker --config penstock.toml --route openai"
 )
-@click.option("--nats", "nats_url", envvar="PENSTOCK_NATS", required=True, help="The NATS server or cluster.")
+@click.option(
+    "--nats",
+    "nats_given",
+    envvar="PENSTOCK_NATS",
+    help="The NATS server or cluster. Default: that of the `penstock up` on this machine.",
+)
+@click.option(
+    "--home", help="Where that one keeps everything. Default: PENSTOCK_HOME, else this system's place for data."
+)
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="penstock.toml")
 @click.option("--route", "only", multiple=True, help="Serve this route alone; may be given again. Default: all.")
 @click.option("--name", help="This worker's name; one word, new at each start by default.")
@@ -40,7 +50,8 @@ from schemas.settings import ModelSettings, RouteSettings, VllmSettings, discove
 )
 def worker(
     *,
-    nats_url: str,
+    nats_given: str | None,
+    home: str | None,
     config: Path | None,
     only: tuple[str, ...],
     name: str | None,
@@ -75,7 +86,7 @@ def worker(
         run_worker(
             settings,
             routes,
-            nats_url=nats_url,
+            nats_url=nats_url(nats_given, home or settings.home),
             name=WorkerId(name or new_name("worker")),
             ready_file=ready_file,
             version=importlib.metadata.version("penstock"),

@@ -130,6 +130,23 @@ def test_of_two_attempts_side_by_side_the_one_that_gave_more_decides() -> None:
     assert (end.worker, end.usage.completion_tokens, end.attempts) == ("worker-1", 50, 3)
 
 
+def test_of_two_workers_with_the_same_job_the_one_that_the_ingress_heard_begin_decides() -> None:
+    heard = samples.receipt(usage=None, outcome="failed", code="upstream_error", tokens_sent=9)
+    unheard = samples.receipt(usage=None, outcome="cancelled", tokens_sent=10, worker="worker-2")
+    end = close(samples.accepted(), samples.started(), unheard, heard)
+    assert (end.worker, end.usage.completion_tokens) == ("worker-1", 9)
+
+
+@pytest.mark.parametrize("code", ["begun_elsewhere", "hedge_lost"])
+def test_what_another_attempt_outran_gave_its_client_nothing(code: str) -> None:
+    """Also where it isn't on record which one the ingress heard begin."""
+    outrun = samples.receipt(usage=None, outcome="cancelled", code=code, tokens_sent=3, worker="worker-2", epoch=2)
+    assert close(samples.accepted(), outrun).usage == Usage()
+    failed = samples.receipt(usage=None, outcome="failed", code="upstream_error", tokens_sent=9)
+    end = close(samples.accepted(), failed, outrun)
+    assert (end.worker, end.usage.completion_tokens) == ("worker-1", 9)
+
+
 def test_an_answer_that_broke_off_is_billed_for_what_was_delivered_also_before_it_moved() -> None:
     """Its ingress died before the next attempt gave its first token, or before that was on record."""
     broken = samples.receipt(usage=None, outcome="failed", code="upstream_error", tokens_sent=5)
