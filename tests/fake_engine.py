@@ -20,6 +20,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 PACE_S = 0.005  # between the tokens of an endless answer
 BODY_BYTES_MAX = 1024 * 1024
@@ -33,19 +34,27 @@ vllm:prefix_cache_queries_total{engine="0",model_name="m"} 200.0
 vllm:prefix_cache_hits_total{engine="0",model_name="m"} 50.0
 vllm:cache_config_info{block_size="16",engine="0",kv_cache_size_tokens="4096",num_gpu_blocks="256"} 1.0
 """
+METRICS_AT = ("/metrics", "/metrics/")  # behind the slash it tells what it is asked for by name, or else everything
 CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
 
 
 class FakeEngine:
     def __init__(
-        self, *, token_ids: bool = True, priority: bool = True, strict: bool = False, metrics: bool = True
+        self,
+        *,
+        token_ids: bool = True,
+        priority: bool = True,
+        strict: bool = False,
+        metrics: tuple[str, ...] = METRICS_AT,
     ) -> None:
-        """*strict* refuses what it doesn't know. Without *token_ids*, or *priority*, it doesn't know of these."""
+        """*strict* refuses what it doesn't know. Without *token_ids*, or *priority*, it doesn't know of these. *metrics* are
+        the paths at which it tells its numbers."""
         self.known = {"return_token_ids": token_ids, "priority": priority}
         self.strict = strict
         self.metrics = metrics
         self.dead = False
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []  # asked, without the queries
         self.streams: set[asyncio.StreamWriter] = set()
         self._open: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
 
@@ -67,7 +76,9 @@ class FakeEngine:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            method, path, _ = head.split(" ", 2)
+            method, target, _ = head.split(" ", 2)
+            path, _, query = target.partition("?")
+            self.paths.append(path)
             length = next((int(line[15:]) for line in head.splitlines() if line.lower()[:15] == "content-length:"), 0)
             body = json.loads(await reader.readexactly(min(length, BODY_BYTES_MAX)) or b"{}")
             if method == "POST" and path.endswith("/chat/completions"):
@@ -76,8 +87,9 @@ class FakeEngine:
                 await _say(writer, {}, status=503 if self.dead else 200)
             elif path == "/v1/models":
                 await _say(writer, {"data": [{"id": "m", "root": "org/m", "max_model_len": 512}]})
-            elif path == "/metrics" and self.metrics:
-                await _say(writer, METRICS.replace("RUNNING", str(len(self.streams))))
+            elif path in self.metrics:
+                told = METRICS.replace("RUNNING", str(len(self.streams)))
+                await _say(writer, _chosen(told, parse_qs(query).get("name[]", [])) if path.endswith("/") else told)
             else:
                 await _say(writer, {"error": {"message": "no such path"}}, status=404)
         with contextlib.suppress(ConnectionError):
@@ -169,6 +181,10 @@ async def fake_engine(**wanted: Any) -> AsyncIterator[tuple[FakeEngine, str]]:
     server.close()
     await engine.aclose()
     await server.wait_closed()
+
+
+def _chosen(metrics: str, names: list[str]) -> str:
+    return "".join(line for line in metrics.splitlines(keepends=True) if not names or line.partition("{")[0] in names)
 
 
 def _log(*words: str) -> None:

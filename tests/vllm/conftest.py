@@ -25,8 +25,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def other_engine(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Another engine with the same model, which goes on with what the first one began."""
-    with serve_tiny_model(tmp_path_factory.mktemp("other-vllm") / "vllm.log") as other:
+    """Another engine with the same model, which goes on with what the first one began.
+
+    It tells several tokens in one event, as any engine does that is busy.
+    """
+    with serve_tiny_model(tmp_path_factory.mktemp("other-vllm") / "vllm.log", "--stream-interval", "3") as other:
         yield other
 
 

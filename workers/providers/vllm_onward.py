@@ -6,6 +6,7 @@ Source: docs/adr/0066-continuation.md, docs/adr/0068-seam.md
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from typing import Protocol
 
 from schemas.errors import ProviderFailed
 from schemas.jobs import Continuation, Job
@@ -25,8 +26,15 @@ from workers.providers.vllm_continuation import (
 )
 from workers.providers.vllm_server import VllmServer
 
+Ids = tuple[int, ...]
 
-async def find_seam(server: VllmServer, model: str, before: Continuation) -> Seam | None:
+
+class Tokenizer(Protocol):
+    async def text_of(self, model: str, ids: Ids) -> str | None:
+        """What the tokenizer of *model* makes of *ids*; None if it doesn't say."""
+
+
+async def find_seam(server: Tokenizer, model: str, before: Continuation) -> Seam | None:
     """Where *server*, which calls the model *model*, can begin; None if its words for the tokens are not what was delivered."""
     context = before.prompt_token_ids[-CONTEXT_IDS:]
     opening = await server.text_of(model, context)
@@ -72,7 +80,10 @@ async def go_on(
             for _, payload in events.feed(data) if data else events.end():
                 told = None if reader.done else reader.event(payload)
                 if told is not None and reader.stop is not None:
-                    told = reader.without_surplus(told, await _surplus(server, upstream_model, reader, seam))
+                    surplus = await surplus_of(
+                        server, upstream_model, reader.stop, before=seam.ids, generated=tuple(reader.generated)
+                    )
+                    told = reader.without_surplus(told, surplus)
                 if told is not None:
                     yield told
             patience.renew()
@@ -83,15 +94,21 @@ async def go_on(
     yield reader.usage()
 
 
-async def _surplus(server: VllmServer, model: str, reader: Completions, seam: Seam) -> int:
-    """How many of the tokens lie behind the stop: a busy engine tells several at once. 0 if its words don't tell."""
-    stop, surplus = reader.stop or "", 0
-    before = seam.ids[-len(stop) :]  # where the stop may have begun; whole it is there only if it didn't count
-    if stop in (await server.text_of(model, before) or stop):
+async def surplus_of(tokenizer: Tokenizer, model: str, stop: str, *, before: Ids, generated: Ids) -> int:
+    """How many of the tokens *generated* behind *before* lie behind *stop*: a busy engine tells several at once.
+
+    0 if the engine's words don't tell.
+    """
+    before = before[-(CONTEXT_IDS + len(stop.encode())) :]  # where the stop may have begun: a token is a byte at least
+    opening = await tokenizer.text_of(model, before)
+    if opening is None:
         return 0
-    while surplus + 1 < len(reader.generated):
-        text = await server.text_of(model, (*before, *reader.generated[: len(reader.generated) - surplus - 1]))
-        if text is None or stop not in text:
+    # One that lies in the opening as a whole came when stops did not count yet.
+    start = max(0, len(opening) - len(stop) + 1)
+    surplus = 0
+    while surplus + 1 < len(generated):
+        text = await tokenizer.text_of(model, before + generated[: len(generated) - surplus - 1])
+        if text is None or stop not in text[start:]:
             break
         surplus += 1
     return surplus

@@ -97,7 +97,7 @@ async def test_a_server_that_knows_token_ids_is_asked_for_them(serve: Serve, sta
 @pytest.mark.parametrize("strict", [True, False])
 async def test_a_server_that_knows_no_token_ids_is_not_asked_for_them(serve: Serve, start: Start, strict: bool) -> None:
     told: list[str | None] = []
-    engine, base_url = await serve(token_ids=False, priority=False, strict=strict, metrics=False)
+    engine, base_url = await serve(token_ids=False, priority=False, strict=strict, metrics=())
     provider = start(told, base_url=base_url)
     await up(told)
     assert not provider.powers.token_ids
@@ -150,14 +150,18 @@ async def test_priority_is_for_a_server_that_is_known_to_know_it(
     assert ("priority" in engine.bodies[-1]) is known
 
 
-async def test_an_engine_says_itself_how_much_room_it_has_and_how_it_does(serve: Serve, start: Start) -> None:
-    """A cache of 4096 tokens, and requests of 512 at most."""
+@pytest.mark.parametrize("metrics", [("/metrics", "/metrics/"), ("/metrics",)], ids=["by name", "only all of them"])
+async def test_an_engine_says_itself_how_much_room_it_has_and_how_it_does(
+    serve: Serve, start: Start, metrics: tuple[str, ...]
+) -> None:
+    """A cache of 4096 tokens, and requests of 512 at most. What costs it milliseconds is asked for only where it must be."""
     told: list[str | None] = []
-    _, base_url = await serve()
+    engine, base_url = await serve(metrics=metrics)
     provider = start(told, base_url=base_url, max_concurrency=None)
     await up(told)
     assert provider.slots() == 8
     assert provider.stats() == EngineStats(running=0, waiting=0, cache_used=0.25, prefix_asked=200, prefix_found=50)
+    assert ("/metrics" in engine.paths) is ("/metrics/" not in metrics)
     configured = start(told_of_second := [], base_url=base_url, max_concurrency=3)
     await up(told_of_second)
     assert configured.slots() is None, "what is configured counts"
