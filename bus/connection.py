@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -13,28 +13,26 @@ import msgspec
 import nats
 import nats.errors
 import structlog
-from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg as Message
 from nats.aio.subscription import Subscription
 
+from bus import wire
+from bus.client import RECONNECT_WAIT_S, Client, OnHeard
 from schemas.errors import PenstockError, SetupError
 
 log = structlog.get_logger()
 
 SERVER_VERSION_MIN = (2, 15)
-RECONNECT_WAIT_S = 0.2
 PENDING_BYTES_MAX = 32 * 1024 * 1024  # written but not sent, while the server is away
 API_TIMEOUT_S = 5.0
 CONNECT_WAIT_S = 30.0
+SILENT_S = 2.0  # of it, before whoever watches hears what is waited for
 PING_EVERY_S = 5.0  # a server that doesn't answer two of them is given up: a cut cable says nothing
 PINGS_UNANSWERED_MAX = 2
 SETTLE_TIMEOUT_S = 1.0
 
 # Of an ApiError; the latter in a cluster, while another message is on its way.
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
-KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py handles as it should
-
-NO_STATUS = b"NATS/1.0\r\n"  # how headers begin that are a publisher's: they are the stream's to read
 LISTEN_BYTES_MAX = 512 * 1024 * 1024  # of one subscription, received and not handled yet
 LISTEN_MESSAGES_MAX = 1_000_000
 
@@ -44,7 +42,6 @@ Disconnected = Callable[[], None]
 Reconnected = Callable[[], Awaitable[None]]
 Forget = Callable[[], None]
 OnMessage = Callable[[Message], Awaitable[None]]
-OnHeard = Callable[[Message], None]
 
 __all__ = [
     "WRONG_LAST_SEQUENCE",
@@ -81,85 +78,12 @@ class MessageTooLarge(PenstockError):
     code = "message_too_large"
 
 
-class _Client(Client):
-    """nats-py, but for what would cost the connection.
-
-    It closes for good when its server says ``-ERR``, whatever it says, and is deaf from then on when its reader breaks, as it
-    does over the answer to a flush that nobody waits for any more; this one reconnects, and expects that answer. It
-    writes a PING ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind. It
-    gives reconnecting up for good over an error that it doesn't expect: this one goes on. It lets an error of its transport out
-    to whoever happens to publish: for this one the connection is lost. It hands a message on through a queue and a task, and takes
-    all its headers apart: this one hands it on as it reads it where that is asked for, and looks at headers only for a status.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at_once: dict[int, OnHeard] = {}  # by subscription
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        on_message = self.at_once.get(sid)
-        if on_message is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-            return
-        try:
-            on_message(self._build_message(sid, subject, reply, data, await self._process_headers(headers)))
-        except Exception:  # it must not cost the connection, and with it all that comes behind
-            log.exception("listener_broke")
-
-    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        return None if headers is None or headers.startswith(NO_STATUS) else await super()._process_headers(headers)
-
-    async def _flush_pending(self, force_flush: bool = False) -> Any:
-        """The transport of uvloop raises a RuntimeError where it was closed under us, which nobody who publishes expects."""
-        try:
-            return await super()._flush_pending(force_flush)
-        except RuntimeError as error:
-            log.debug("connection_error", error=type(error).__name__)
-            await self._process_op_err(nats.errors.UnexpectedEOF())
-
-    async def _attempt_reconnect(self) -> None:
-        """For one, uvloop's transport raises a RuntimeError where it was closed between the server's greeting and ours."""
-        while not self.is_closed:
-            try:
-                return await super()._attempt_reconnect()
-            except Exception as error:  # noqa: BLE001 - whatever it is, a client that has stopped trying is deaf for ever
-                await self._error_cb(error)
-                await asyncio.sleep(RECONNECT_WAIT_S)
-        return None
-
-    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        if not self.is_connected:
-            await super()._send_ping(future)
-            return
-        self._pongs.append(future or asyncio.get_running_loop().create_future())
-        await self._send_command(PING_PROTO)
-        await self._flush_pending()
-
-    async def _process_pong(self) -> None:
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
-        await super()._process_pong()
-
-    async def _read_loop(self) -> None:
-        await super()._read_loop()
-        if self.is_connected:
-            await self._process_op_err(nats.errors.UnexpectedEOF())
-
-    async def _process_err(self, err_msg: str) -> None:
-        if any(word in err_msg for word in KEEPS_CONNECTION):
-            await super()._process_err(err_msg)
-        else:
-            error = nats.errors.Error(f"nats: {err_msg}")
-            await self._error_cb(error)
-            await self._process_op_err(error)
-
-
 class Connection:
     """A live connection; it reconnects for ever by itself. Those who hold state on the server re-make it `on_reconnect`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.nc = _Client()
+        self.nc = Client()
         self._reconnected: list[Reconnected] = []
         self._disconnected: list[Disconnected] = []
         self._requests: set[asyncio.Future[Message]] = set()
@@ -193,14 +117,32 @@ class Connection:
         except nats.errors.Error as error:
             raise BusUnavailable(f"NATS took no message: {type(error).__name__}") from error
 
+    def say_at_once(self, messages: Sequence[tuple[str, bytes]]) -> bool:
+        """Says all of *messages*, subjects and payloads, in one piece. False if that can't be done now; then nothing is said.
+
+        Core NATS: at most once.
+        """
+        most = self.max_payload
+        if any(len(payload) > most for _, payload in messages):
+            return False
+        try:
+            return self.nc.put(b"".join([wire.publication(subject, payload) for subject, payload in messages]))
+        except ValueError:
+            return False
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing was said for a moment: what is said now is on its way at once."""
+        return self.nc.is_quiet
+
     async def listen(self, subject: str, on_message: OnMessage) -> None:
         """Hands every message on *subject* to *on_message*, in order, for the life of the connection."""
         await self.nc.subscribe(
             subject, cb=on_message, pending_msgs_limit=LISTEN_MESSAGES_MAX, pending_bytes_limit=LISTEN_BYTES_MAX
         )
 
-    async def hear(self, subject: str, on_message: OnHeard) -> None:
-        """Hands every message on *subject* to *on_message* as it is read, in order, for the life of the connection.
+    async def hear(self, subject: str, on_message: OnHeard) -> Subscription:
+        """Hands every message on *subject* to *on_message* as it is read, in order, until it is unsubscribed.
 
         There is no queue before it, and nothing else is read meanwhile: it must be quick.
         """
@@ -210,6 +152,7 @@ class Connection:
 
         subscription = await self.nc.subscribe(subject, cb=late)
         self.nc.at_once[subscription._id] = on_message  # noqa: SLF001
+        return subscription
 
     async def settle(self, subscription: Subscription) -> None:
         """Ends *subscription*; what its server had sent before is still handed on, unless the connection is away.
@@ -325,6 +268,7 @@ async def connect(
     """
     connection = Connection(name)
     login = urlsplit(url.split(",", maxsplit=1)[0])
+    telling = asyncio.get_running_loop().call_later(SILENT_S, _tell_waiting, connection, url, wait_s - SILENT_S)
     try:
         async with asyncio.timeout(wait_s):
             await connection.nc.connect(
@@ -348,6 +292,8 @@ async def connect(
         if connection.nc.is_connecting:  # cut off while shaking hands: the socket is open
             await connection.close()
         raise SetupError(f"no NATS server could be reached at {_without_secret(url)}: {reason}") from error
+    finally:
+        telling.cancel()
     version = connection.nc.connected_server_version
     if (version.major, version.minor) < SERVER_VERSION_MIN:
         await connection.close()
@@ -375,6 +321,12 @@ def api_answer(data: bytes) -> dict[str, Any]:
             description=refusal.get("description", "unknown"),
         )
     return answer
+
+
+def _tell_waiting(connection: Connection, url: str, left_s: float) -> None:
+    error = connection.nc.last_error
+    reason = "no answer" if error is None else _reason(error)
+    log.warning("nats_not_reached_yet", servers=_without_secret(url), reason=reason, given_up_in_s=left_s)
 
 
 def _reason(error: Exception) -> str:

@@ -39,20 +39,19 @@ REFRESH_EVERY_S = 60.0
 LOOK_EVERY_S = 0.5
 QUIET_S = 0.2  # nothing has come for so long: no reason to save pulls
 RETRY_WAIT_S = 0.1
-PENDING_BYTES_MAX = 256 * 1024 * 1024
 HEARTBEAT = "100"
 UNUSED = "Nats-Pending-Messages"  # how many of a pull's messages did not come
 JUST_EXPIRED = ("404", "408")  # any other status: the consumer or JetStream itself is gone, has changed or refuses
 
-OnMessage = Callable[[Msg], Awaitable[None]]
+OnMessage = Callable[[Msg], None]
 Ensure = Callable[[], Awaitable[str]]
 
 
 class Puller:
     """Pulls from one consumer of *stream*.
 
-    *ensure* makes the consumer when it isn't there and returns its name; *on_message* gets each message, in order, and
-    must return quickly. One credit is one message; `grant` gives more. The server drops a pull after *expires_s* (whole
+    *ensure* makes the consumer when it isn't there and returns its name; *on_message* gets each message as it is read, in
+    order, and must return quickly. One credit is one message; `grant` gives more. The server drops a pull after *expires_s* (whole
     milliseconds); it is asked again.
     """
 
@@ -198,10 +197,7 @@ class Puller:
 
     async def _subscribe(self) -> None:
         self._inbox = self._connection.nc.new_inbox()
-        subscription = await self._connection.nc.subscribe(
-            f"{self._inbox}.*", cb=self._on_reply, pending_bytes_limit=PENDING_BYTES_MAX
-        )
-        self._subscriptions.append(subscription)
+        self._subscriptions.append(await self._connection.hear(f"{self._inbox}.*", self._on_reply))
 
     async def _ask(self) -> None:
         batch = self._credit - self._asked
@@ -218,14 +214,14 @@ class Puller:
             self._asked -= batch
             raise
 
-    async def _on_reply(self, msg: Msg) -> None:
+    def _on_reply(self, msg: Msg) -> None:
         self._heard_at = self._loop.time()
         status = msg.headers.get("Status") if msg.headers else None
         if status is None:
             self._credit -= 1
             self._asked = max(0, self._asked - 1)
             self._wake_if_due()
-            await self._on_message(msg)
+            self._on_message(msg)
         elif not msg.subject.startswith(self._inbox):
             pass  # the last word on a pull that was given up
         elif status in JUST_EXPIRED:

@@ -162,7 +162,7 @@ class OrderedReader:
             await asyncio.sleep(SHORT_LOOK_EVERY_S)  # a cluster's new leader may not have come so far yet
         self._refuse(got=last + 1)
 
-    async def _on_message(self, msg: Msg) -> None:
+    def _on_message(self, msg: Msg) -> None:
         metadata = msg.metadata
         if metadata.consumer != self._consumer or self._gap is not None:
             self._puller.grant(1)  # from a consumer that we have left

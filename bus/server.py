@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 15.0
 LOCK_WAIT_S = 1.0  # for a server whose penstock was killed: it takes a moment to go
 USER = "penstock"
+ANY_PORT = -1
 LOG_MAX_BYTES = 16 * 1024 * 1024
 PR_SET_PDEATHSIG = 1
 GC_PERCENT = "25"  # Go waits for 100: garbage of twice the live memory, most of it blocks of 8 MiB that come and go
@@ -46,14 +48,14 @@ class EmbeddedServer:
     """A nats-server child with its state in *store_dir*.
 
     ``async with EmbeddedServer(store_dir) as server: connect(server.url)``; `start` after the child died brings it back on
-    the same port, so that clients find it again by themselves.
+    the same port, so that clients find it again by themselves. So does a new one in the same directory, if the port is still free.
     """
 
     def __init__(self, store_dir: Path, *, settings: NatsSettings | None = None, log_file: Path | None = None) -> None:
         self._dir = store_dir
         self._settings = settings or NatsSettings()
         self._log_file = log_file or store_dir / "nats.log"
-        self._port = -1
+        self._port = ANY_PORT
         self._password = ""
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,6 +100,8 @@ class EmbeddedServer:
 
     async def _launch(self, binary: str, lock: int) -> None:
         self._password = self._password or _password(self._dir / "password")
+        if self._port == ANY_PORT:
+            self._port = _port_of_last_time(self._dir / "port")
         ports_dir = self._dir / "ports"
         shutil.rmtree(ports_dir, ignore_errors=True)
         ports_dir.mkdir()
@@ -118,6 +122,7 @@ class EmbeddedServer:
                 start_new_session=True,  # a Ctrl-C is for the parent, which then stops us in order
             )
         self._port = await self._wait_for_port(ports_dir)
+        write_private(self._dir / "port", str(self._port).encode())
 
     async def stop(self) -> None:
         """Stops the child, in peace if it goes in time, and gives the directory up."""
@@ -186,7 +191,7 @@ def find_binary() -> str:
 
 
 def server_config(settings: NatsSettings, store_dir: Path, *, port: int, password: str) -> str:
-    """The server's configuration; *port* -1 is any free one."""
+    """The server's configuration; *port* `ANY_PORT` is any free one."""
     pending = max(64 * 1024 * 1024, 2 * settings.max_payload_bytes)
     return f"""\
 server_name: penstock
@@ -237,6 +242,18 @@ def _password(path: Path) -> str:
     if not path.exists():
         write_private(path, secrets.token_hex(24).encode())
     return path.read_text(encoding="ascii").strip()
+
+
+def _port_of_last_time(path: Path) -> int:
+    """The directory's last port, or any, if that is taken now: workers beside us look for us where we were."""
+    try:
+        port = int(path.read_text(encoding="ascii"))
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except (OSError, ValueError, OverflowError):
+        return ANY_PORT
+    return port
 
 
 def _locked(lock: int) -> bool:

@@ -11,10 +11,10 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ingress.problems import error_body
 from schemas.ids import new_id
@@ -121,11 +121,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self._header_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def on_url(self, url: bytes) -> None:
-        self._count(len(url))
+        self._header_bytes += len(url)
+        if self._header_bytes > self.max_header_bytes:
+            raise HeadersTooLargeError
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > self.max_header_bytes:
+            raise HeadersTooLargeError
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -133,6 +137,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_header_timer()
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            if not self.expect_100_continue:  # which is said alone, and first
+                self.cycle.transport = cast("asyncio.Transport", _Together(self.transport, self.cycle))
             if self._leaving:
                 self.cycle.keep_alive = False  # and so its answer says
 
@@ -178,11 +184,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _count(self, size: int) -> None:
-        self._header_bytes += size
-        if self._header_bytes > self.max_header_bytes:
-            raise HeadersTooLargeError
-
     def _too_slow(self) -> None:
         self._header_timer = None
         self._refuse(
@@ -221,6 +222,42 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+
+class _Together:
+    """The transport of one answer, until its head is written: that waits, in this turn of the loop, for the first of the body.
+
+    Both go out in one piece: a system call less, and the client wakes once.
+    """
+
+    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
+        self._transport = transport
+        self._cycle = cycle
+        self._head = b""
+        self._alone: asyncio.Handle | None = None  # what writes it when nothing follows
+
+    def write(self, data: bytes) -> None:
+        if self._alone is None:
+            self._head = data
+            self._alone = asyncio.get_running_loop().call_soon(self._write, b"")
+        else:
+            self._alone.cancel()
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        self._cycle.transport = self._transport
+        whole, self._head = self._head + data, b""
+        if not self._transport.is_closing():
+            self._transport.write(whole)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        if self._alone is not None and not self._alone.cancelled():
+            self._alone.cancel()
+            self._write(b"")
+        self._transport.close()
 
 
 def bounded_protocol(settings: IngressSettings, *, write_timeout_s: float = WRITE_TIMEOUT_S) -> type[BoundedProtocol]:

@@ -9,7 +9,7 @@ Source: docs/adr/0042-pools-of-machines.md
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from bus.connection import Connection, Message
 from bus.puller import Puller
@@ -19,7 +19,7 @@ from schemas.ids import RouteId
 from schemas.jobs import Lane
 from schemas.settings import NatsSettings
 
-Take = Callable[[Message, Puller], Awaitable[None]]
+Take = Callable[[Message, Puller], None]
 
 
 class Intake:
@@ -123,8 +123,8 @@ class Intake:
             answer = await ensure_consumer(self._connection, subjects.JOBS, config)
             return str(answer["name"])
 
-        async def on_message(msg: Message) -> None:
-            await self._take(msg, puller)
+        def on_message(msg: Message) -> None:
+            self._take(msg, puller)
 
         puller = Puller(self._connection, stream=subjects.JOBS, ensure=ensure, on_message=on_message)
         if self._paused:

@@ -96,13 +96,17 @@ class Reporter:
             self._token_ids += chunk.token_ids
             if chunk.prompt_token_ids and len(chunk.prompt_token_ids) <= PROMPT_IDS_MAX:
                 self._prompt_token_ids = chunk.prompt_token_ids
-            if self._says_something(chunk) and self._outbox.wants(self):
-                self._outbox.mark(self)
+            self._say(chunk)
 
-    def _says_something(self, chunk: Chunk) -> bool:
+    def _say(self, chunk: Chunk) -> None:
         """Most servers begin with a chunk that has but the role, right before the first token: it goes along with that."""
         opens, self._begun = not self._begun, True
-        return chunk.tokens > 0 or not opens
+        if opens and chunk.tokens == 0:
+            return
+        if self.tokens == chunk.tokens and chunk.finish_reason is None and self._outbox.hurry(self):
+            return  # the first token of several
+        if self._outbox.wants(self):
+            self._outbox.mark(self)
 
     def ended(self, outcome: Outcome) -> None:
         """Says how the attempt ended. A cancelled one says nothing where nobody listens any more."""
@@ -268,6 +272,16 @@ class Outbox:
         self._dirty[id(reporter)] = reporter
         self._rouse()
 
+    def hurry(self, reporter: Reporter) -> bool:
+        """Sends what *reporter* has to say in this turn already, if nobody else has said anything for a moment. False if not."""
+        if self._sender is None or self._ready or self._dirty or not self._connection.is_quiet:
+            return False
+        frames = self._frames_of(reporter)
+        if frames and not self._said_at_once(frames):
+            self._ready += frames
+            self._rouse()
+        return True
+
     def _rouse(self) -> None:
         self._idle.clear()
         self._wake.set()
@@ -279,21 +293,36 @@ class Outbox:
             ready, self._ready = self._ready, []
             dirty, self._dirty = self._dirty, {}
             for reporter in dirty.values():
-                try:
-                    ready.extend(reporter.take())
-                except Exception:  # one attempt that can't be told must not silence the others
-                    log.exception("report_broke")
-                    reporter.broke()
-            for subject, frame in ready:
-                try:
-                    await self._connection.say(subject, frame)
-                except BusUnavailable as error:
-                    # The ingress misses this frame's number and asks for it again.
-                    log.warning("frame_not_sent", error=error.message)
-                except Exception:  # nor one that can't be sent: it is missed and asked for in the same way
-                    log.exception("send_broke")
+                ready += self._frames_of(reporter)
+            if ready and not self._said_at_once(ready):
+                await self._send_singly(ready)
             if not self._wake.is_set():
                 self._idle.set()
+
+    def _frames_of(self, reporter: Reporter) -> list[tuple[str, bytes]]:
+        try:
+            return reporter.take()
+        except Exception:  # one attempt that can't be told must not silence the others
+            log.exception("report_broke")
+            reporter.broke()
+            return []
+
+    def _said_at_once(self, frames: list[tuple[str, bytes]]) -> bool:
+        try:
+            return self._connection.say_at_once(frames)
+        except Exception:  # the sender must outlive it; whoever gets a frame twice drops one
+            log.exception("send_broke")
+            return False
+
+    async def _send_singly(self, ready: list[tuple[str, bytes]]) -> None:
+        for subject, frame in ready:
+            try:
+                await self._connection.say(subject, frame)
+            except BusUnavailable as error:
+                # The ingress misses this frame's number and asks for it again.
+                log.warning("frame_not_sent", error=error.message)
+            except Exception:  # nor one that can't be sent: it is missed and asked for in the same way
+                log.exception("send_broke")
 
 
 class KeptReports:

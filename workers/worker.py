@@ -181,8 +181,8 @@ class Worker:
             await self.announce()
 
     async def _open(self, route: Route) -> None:
-        async def take(msg: Message, puller: Puller) -> None:
-            await self._on_delivery(route, msg, puller)
+        def take(msg: Message, puller: Puller) -> None:
+            self._on_delivery(route, msg, puller)
 
         intake = Intake(
             self._connection,
@@ -230,36 +230,36 @@ class Worker:
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def _on_delivery(self, route: Route, msg: Message, puller: Puller) -> None:
+    def _on_delivery(self, route: Route, msg: Message, puller: Puller) -> None:
         assert route.intake is not None  # noqa: S101 - it is where the delivery comes from
         try:
             job = codec.decode_job(msg.data)
         except msgspec.MsgspecError:
             # A newer release wrote it: leave it to a worker that can read it, but don't take it again at once.
             log.warning("job_unreadable", subject=msg.subject)
-            await self._answer(msg, b'-NAK {"delay": 1000000000}')
+            self._outbox.put(msg.reply, b'-NAK {"delay": 1000000000}')
             route.intake.returned(puller)
             return
         if self.id in job.not_workers:
             # It failed here; another worker of the route is to have it.
-            await self._answer(msg, NAK_SOON)
+            self._outbox.put(msg.reply, NAK_SOON)
             route.intake.returned(puller)
             return
         if job.nonce in self._running or self._kept.get(job.nonce) is not None:
             # Delivered again because the ack was lost on its way: it is being done here, or was.
-            await self._answer(msg, ACK)
+            self._outbox.put(msg.reply, ACK)
             route.intake.returned(puller)
             return
         if self._state is not WorkerState.SERVING or route.free <= 0 or route.down is not None:
-            await self._answer(msg, NAK)
+            self._outbox.put(msg.reply, NAK)
             (route.intake.refused if route.free <= 0 else route.intake.returned)(puller)
             return
         if self._orphans.is_one(job):
-            await self._answer(msg, NAK_LATER)  # so it comes again if its ingress does, or expires
+            self._outbox.put(msg.reply, NAK_LATER)  # so it comes again if its ingress does, or expires
             route.intake.returned(puller)
             return
         if not route.provider.admit(job):
-            await self._answer(msg, NAK_SOON)  # to another worker, or to this one when its limits allow
+            self._outbox.put(msg.reply, NAK_SOON)  # to another worker, or to this one when its limits allow
             route.intake.returned(puller)
             return
         route.take_slot()
@@ -302,8 +302,10 @@ class Worker:
     def _begin(self, route: Route, job: Job) -> None:
         """Says Started and runs the attempt; its slot is taken."""
         progress, report = Progress(), self._reporter(job)
+        task = asyncio.create_task(
+            self._serve(route, job, report, progress)
+        )  # its first step comes before Started is sent
         report.started()
-        task = asyncio.create_task(self._serve(route, job, report, progress))
         # A callback and not the task's own finally: a task that is cancelled before its first step runs none of its body.
         task.add_done_callback(lambda _: self._free(route, job.nonce, report))
         self._running[job.nonce] = Running(task, progress, report, job)
@@ -367,12 +369,6 @@ class Worker:
             # One that hasn't begun sees it then, and says so; cancelled before its first step it would say nothing.
             if running.progress.entered:
                 running.task.cancel()
-
-    async def _answer(self, msg: Message, word: bytes) -> None:
-        try:
-            await self._connection.say(msg.reply, word)
-        except BusUnavailable as error:
-            log.warning("delivery_not_answered", error=error.message)  # it is delivered again after ack_wait
 
     async def _on_reconnect(self) -> None:
         """Frames may have been lost with the connection. The last one of an attempt would never be missed, so it is said again."""

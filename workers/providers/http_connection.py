@@ -13,6 +13,8 @@ from typing import cast
 
 import httptools
 
+from workers.providers.turns import Gather
+
 READ_AHEAD_BYTES = 256 * 1024  # of a body; the server waits while more than that is here and not taken
 HEAD_BYTES_MAX = 64 * 1024  # of an answer
 TOGETHER_BYTES_MAX = 64 * 1024  # a longer body is not copied behind its head
@@ -44,6 +46,8 @@ class HttpConnection(asyncio.Protocol):
         self._body_bytes = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self._gather: Gather | None = None  # where the waiter may be told with others
+        self._gathered = False  # it will be
 
     @property
     def reusable(self) -> bool:
@@ -59,15 +63,19 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._transport.writelines((head, body))
 
-    async def wait(self, until_s: float) -> None:
-        """Returns when something has come, or it is lost. Raises: TimeoutError at *until_s*, by the loop's clock."""
+    async def wait(self, until_s: float, gather: Gather | None = None) -> None:
+        """Returns when something has come, or it is lost. With *gather*, what has come may wait for others to be told together.
+
+        Raises: TimeoutError at *until_s*, by the loop's clock.
+        """
         self._waiter = waiter = self._loop.create_future()
-        timer = self._loop.call_at(until_s, _expire, waiter)
+        self._gather, self._gathered = gather, False
+        timer = self._loop.call_at(until_s, self._expire, waiter)
         try:
             await waiter
         finally:
             timer.cancel()
-            self._waiter = None
+            self._waiter = self._gather = None
 
     def take(self) -> bytes:
         """What has come of the body; empty if nothing has."""
@@ -167,13 +175,24 @@ class HttpConnection(asyncio.Protocol):
                 self._transport.resume_reading()
 
     def _tell(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and not self._can_wait(waiter):
+            waiter.set_result(None)
         if self._on_over is not None and (self.complete or self.lost):
             on_over, self._on_over = self._on_over, None
             on_over()
 
+    def _can_wait(self, waiter: asyncio.Future[None]) -> bool:
+        """Whether *waiter* will be told of it later. A lost connection doesn't wait."""
+        if self._gather is None or self.lost:
+            return False
+        self._gathered = self._gathered or self._gather(waiter)
+        return self._gathered
 
-def _expire(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_exception(TimeoutError())
+    def _expire(self, waiter: asyncio.Future[None]) -> None:
+        if waiter.done():
+            return
+        if self._gathered:  # it has come in time
+            waiter.set_result(None)
+        else:
+            waiter.set_exception(TimeoutError())

@@ -151,9 +151,8 @@ class OpenAI(Provider):
             at_end, tokens = False, 0
             with self._turns.stream():
                 while not (reader.done or at_end):
-                    if tokens:  # the first one waits for nothing
-                        await self._turns.next()
-                    data = await answer.read(patience)
+                    gather = self._turns.gather if tokens else None  # the first one waits for nothing
+                    data = await answer.read(patience, gather=gather)
                     at_end = not data
                     chunk = reader.events(events.feed(data) if data else events.end())
                     if chunk is not None:

@@ -185,7 +185,8 @@ class ChunkReader:
         """Every choice has its finish reason."""
         return self._finished and not self._open
 
-    def _chunk(self, members: dict[str, Raw], data: bytes, *, streamed: bool) -> Chunk | None:
+    def _chunk(self, members: dict[str, Raw], data: bytes, *, streamed: bool, said: Raw | None = None) -> Chunk | None:
+        """The chunk of *members*, which *data* has; *said* are its choices there, where those of *members* are others."""
         if "error" in members and bytes(members.pop("error")) != b"null":
             raise _fault(data)
         stated = members.pop("choices", None)
@@ -206,7 +207,7 @@ class ChunkReader:
         behind = b"," + _encode(members)[1:] if members else b"}"
         if streamed and usage is None and self._looks_left:
             self._looks_left -= 1
-            self._around = _around(data, bytes(stated), behind)
+            self._around = _around(data, bytes(stated if said is None else said), behind)
         return Chunk(
             members=_HEAD + raw_choices + behind,
             tokens=tokens if streamed or usage is None else usage.completion_tokens,

@@ -1,4 +1,4 @@
-"""Many streams of one server are read in turns, so that what comes to them meanwhile goes on together.
+"""What comes to many streams of one server is taken in turns: together, a few milliseconds after the first of it came.
 
 Source: docs/adr/0024-turns.md
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 TURN_S = 0.008
 BUSY_STREAMS = 8  # with fewer, nothing is waited for
 
+Gather = Callable[[asyncio.Future[None]], bool]
+
 
 class Turns:
-    """A server of a worker has one. No stream that gets less than a token in `TURN_S` waits for anything.
-
-    One that has just been read is read again with the next turn, which is the same one for all. Whatever comes later than that
-    is read when it comes.
-    """
+    """A server of a worker has one."""
 
     def __init__(self) -> None:
         self._streams = 0
@@ -33,19 +31,17 @@ class Turns:
         finally:
             self._streams -= 1
 
-    async def next(self) -> None:
-        """Returns at once while few streams run, else when the turn comes."""
+    def gather(self, reader: asyncio.Future[None]) -> bool:
+        """Something has come for *reader*, which is resolved with the turn. False while few streams run: then nothing waits."""
         if self._streams < BUSY_STREAMS:
-            return
-        loop = asyncio.get_running_loop()
-        turn = loop.create_future()
+            return False
         if not self._waiting:
-            loop.call_later(TURN_S, self._take)
-        self._waiting.append(turn)
-        await turn
+            asyncio.get_running_loop().call_later(TURN_S, self._take)
+        self._waiting.append(reader)
+        return True
 
     def _take(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for turn in waiting:
-            if not turn.done():  # a stream may be cancelled while it waits
-                turn.set_result(None)
+        for reader in waiting:
+            if not reader.done():  # a stream may end or be cancelled meanwhile
+                reader.set_result(None)

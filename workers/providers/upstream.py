@@ -20,6 +20,7 @@ from schemas.jobs import Job
 from schemas.settings import WorkerSettings
 from workers.providers.http_connection import HttpConnection
 from workers.providers.patience import Patience
+from workers.providers.turns import Gather
 
 KEEP_ALIVE_S = 4.0  # an idle connection is dropped before uvicorn (5 s), and so vLLM, drops it under a request of ours
 TRAILER_WAIT_S = 1.0  # after [DONE], for the end of the body: with it the connection can be used again
@@ -236,8 +237,10 @@ class UpstreamAnswer:
         stated = self.headers.get("content-type")
         return None if stated is None else stated.partition(";")[0].strip().lower()
 
-    async def read(self, patience: Patience) -> bytes:
+    async def read(self, patience: Patience, *, gather: Gather | None = None) -> bytes:
         """What has come; waits where nothing has. Empty at the end, also where the connection broke: see `cut`.
+
+        With *gather* what comes may be taken together with what comes to others.
 
         Raises: ProviderTimeout, ProviderNonsense.
         """
@@ -253,11 +256,11 @@ class UpstreamAnswer:
             if connection.complete or connection.lost:
                 self._whole = connection.complete
                 return b""
-            await self._wait(connection, patience)
+            await self._wait(connection, patience, gather)
 
-    async def _wait(self, connection: HttpConnection, patience: Patience) -> None:
+    async def _wait(self, connection: HttpConnection, patience: Patience, gather: Gather | None = None) -> None:
         try:
-            await connection.wait(patience.until_s)
+            await connection.wait(patience.until_s, gather)
         except TimeoutError as error:
             raise patience.fault() from error
 

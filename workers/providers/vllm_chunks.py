@@ -41,16 +41,17 @@ class VllmChunkReader(ChunkReader):
         self._prompt_told = False
         self._one_choice: bool | None = None
 
-    def _chunk(self, members: dict[str, Raw], data: bytes, *, streamed: bool) -> Chunk | None:
+    def _chunk(self, members: dict[str, Raw], data: bytes, *, streamed: bool, said: Raw | None = None) -> Chunk | None:
         prompt_ids: tuple[int, ...] = ()
         ids_by_choice: list[tuple[int, ...] | None] = []
         if _IDS in data and "choices" in members:
+            said = members["choices"]
             try:
                 prompt_ids = _ids(members.pop("prompt_token_ids", _NULL)) or ()
                 members["choices"], ids_by_choice = _without_ids(bytes(members["choices"]))
             except msgspec.MsgspecError as error:
                 raise ProviderNonsense("The engine sent token ids that are none.") from error
-        chunk = super()._chunk(members, data, streamed=streamed)
+        chunk = super()._chunk(members, data, streamed=streamed, said=said)
         if chunk is None:
             return None
         counted = [ids for ids in ids_by_choice if ids is not None]
@@ -66,7 +67,20 @@ class VllmChunkReader(ChunkReader):
         return replace(chunk, **changes) if changes else chunk
 
     def _again(self, raw: bytes, around: Around) -> Chunk | None:
-        return None if _IDS in raw else super()._again(raw, around)
+        if _IDS not in raw:
+            return super()._again(raw, around)
+        try:
+            found = _without_last_ids(raw)
+        except msgspec.MsgspecError:  # ids that are none: `_chunk` says so
+            return None
+        if found is None:
+            return None
+        rest, ids = found
+        chunk = super()._again(rest, around)
+        if chunk is None:
+            return None
+        token_ids = ids if self._is_one_choice() else ()
+        return Chunk(chunk.members, len(ids), chunk.finish_reason, upstream_id=chunk.upstream_id, token_ids=token_ids)
 
     def check_complete(self) -> None:
         """VLLM says of every choice why it finished, so a stream without that was cut off, ``[DONE]`` or not.
@@ -88,13 +102,21 @@ class VllmChunkReader(ChunkReader):
 
 
 def _without_ids(choices: bytes) -> tuple[Raw, list[tuple[int, ...] | None]]:
-    """The choices without their token ids, and these. Raises: MsgspecError.
-
-    Hardly any chunk has more than one choice, and vLLM says its ids last: then they are cut off, and the rest is not touched.
-    """
-    last = _LAST_IDS.search(choices)
-    if last is not None and choices.count(_FINISH) == 1 and _IDS not in (rest := choices[: last.start()]):
-        return Raw(rest + b"}]"), [_ids(last[1])]
+    """The choices without their token ids, and these. Raises: MsgspecError."""
+    if (found := _without_last_ids(choices)) is not None:
+        rest, last = found
+        return Raw(rest), [last]
     each = _choices(choices)
     ids = [_ids(choice.pop("token_ids", _NULL)) for choice in each]
     return Raw(_encode(each)), ids
+
+
+def _without_last_ids(choices: bytes) -> tuple[bytes, tuple[int, ...]] | None:
+    """As `_without_ids`, for the only choice: hardly any chunk has more, and vLLM says the ids last. None if it is otherwise.
+
+    They are cut off, and the rest is not touched. Raises: MsgspecError.
+    """
+    last = _LAST_IDS.search(choices)
+    if last is None or choices.count(_FINISH) != 1 or _IDS in (rest := choices[: last.start()]):
+        return None
+    return rest + b"}]", _ids(last[1]) or ()

@@ -18,7 +18,7 @@ from schemas.jobs import EngineStats
 from schemas.settings import WorkerSettings
 from workers.providers.patience import Patience
 from workers.providers.upstream import Upstream
-from workers.providers.vllm_metrics import SEQUENCES_MAX, read, room
+from workers.providers.vllm_metrics import METRICS_PATHS, SEQUENCES_MAX, Numbers, read, room
 
 ANSWER_WAIT_S = 2.0
 ANSWER_BYTES_MAX = 4 * 1024 * 1024
@@ -71,26 +71,27 @@ class VllmServer:
         root = base_url.removesuffix(API_PATH)
         self._models_path = f"{base_url[len(root) :]}/models"
         self._sequences_max = sequences_max
-        self._tells = True  # it has numbers, as far as is known
+        self._metrics_path: str | None = None  # where it tells its numbers, if it does
         sent = {"Content-Type": "application/json", **headers}
         self._upstream = Upstream(root, sent, max_concurrency=CONNECTIONS_MAX, settings=settings, socket=socket)
 
     async def learn(self, model: str) -> None:
         """To be called when it has (again) become ready: what it serves, and how much room it has."""
-        self.stats, self.room, self._tells = None, None, True
+        self.stats, self.room, self._metrics_path = None, None, None
         card = await self._card(model)
         self.root, self.context_tokens = card.root, card.max_model_len
-        body = await self._get("/metrics")
-        numbers = None if body is None else read(body.decode(errors="replace"))
-        self._tells = numbers is not None
-        if numbers is not None:
-            self.stats = numbers.stats
-            self.room = room(numbers.cache_tokens, context_tokens=card.max_model_len, sequences_max=self._sequences_max)
+        for path in METRICS_PATHS:
+            if (numbers := await self._numbers(path)) is not None:
+                self._metrics_path = path
+                self.stats = numbers.stats
+                self.room = room(
+                    numbers.cache_tokens, context_tokens=card.max_model_len, sequences_max=self._sequences_max
+                )
+                break
 
     async def look(self) -> None:
         """Asks for its numbers again, if it has any. Without an answer there are none."""
-        body = await self._get("/metrics") if self._tells else None
-        numbers = None if body is None else read(body.decode(errors="replace"))
+        numbers = None if self._metrics_path is None else await self._numbers(self._metrics_path)
         self.stats = None if numbers is None else numbers.stats
 
     async def health(self) -> Health:
@@ -120,6 +121,10 @@ class VllmServer:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             cards = ()
         return next((card for card in cards if card.id == model), _Card(id=model))
+
+    async def _numbers(self, path: str) -> Numbers | None:
+        body = await self._get(path)
+        return None if body is None else read(body.decode(errors="replace"))
 
     async def _get(self, path: str) -> bytes | None:
         try:

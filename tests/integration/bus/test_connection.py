@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import nats.errors
 import pytest
+from structlog.testing import capture_logs
 
 from bus.connection import ApiError, BusUnavailable, Connection, Message, connect
 from bus.server import EmbeddedServer
@@ -41,6 +42,16 @@ async def test_nobody_there_is_a_clear_error_in_time_that_keeps_the_secret(url: 
     assert watch.s < 1.0
     assert "no NATS server could be reached" in told.value.message
     assert SECRET not in _all_that_it_says(told.value)
+
+
+async def test_who_waits_for_a_server_hears_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bus.connection.SILENT_S", 0.05)
+    address = f"127.0.0.1:{free_port()}"
+    with capture_logs() as told, pytest.raises(SetupError):
+        await connect(f"nats://penstock:{SECRET}@{address}", name="test", wait_s=0.3)
+    (line,) = [each for each in told if each["event"] == "nats_not_reached_yet"]
+    assert line["servers"] == f"nats://{address}"
+    assert line["reason"].startswith("Connect")
 
 
 async def test_a_wrong_credential_is_named_and_not_shown(nats_server: EmbeddedServer) -> None:

@@ -54,7 +54,7 @@ class Taker:
         await ensure_streams(self._connection, NatsSettings())
         return str((await ensure_consumer(self._connection, "JOBS", self._config))["name"])
 
-    async def _take(self, message: Message) -> None:
+    def _take(self, message: Message) -> None:
         self.messages.append(message)
         self.at[message.data] = time.monotonic()
 
@@ -227,7 +227,7 @@ async def test_a_thousand_jobs_with_a_credit_of_eight_come_once_each(
         running -= 1
         puller.grant(1)
 
-    async def take(message: Message) -> None:
+    def take(message: Message) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
@@ -271,7 +271,7 @@ async def test_what_cannot_be_had_yet_is_waited_for(connection: Connection, publ
     tries = 0
     taken: list[bytes] = []
 
-    async def take(message: Message) -> None:
+    def take(message: Message) -> None:
         taken.append(message.data)
 
     async def ensure() -> str:
@@ -296,7 +296,7 @@ async def test_what_cannot_be_had_yet_is_waited_for(connection: Connection, publ
 async def test_a_receiver_that_breaks_costs_one_message(connection: Connection, publisher: Publisher) -> None:
     taken: list[bytes] = []
 
-    async def take(message: Message) -> None:
+    def take(message: Message) -> None:
         taken.append(message.data)
         raise RuntimeError
 

@@ -124,19 +124,17 @@ def _job_of(size: int) -> Job:
 
 
 async def _take(connection: Connection, jobs: int) -> list[Job]:
-    taken: list[Job] = []
-
-    async def take(message: Message) -> None:
-        taken.append(codec.decode_job(message.data))
-        await connection.request(message.reply, b"+ACK", timeout_s=5.0)
+    taken: list[Message] = []
 
     async def ensure() -> str:
         answer = await ensure_consumer(connection, "JOBS", job_consumer(route="route", lane=Lane.INTERACTIVE))
         return str(answer["name"])
 
-    puller = Puller(connection, stream="JOBS", ensure=ensure, on_message=take)
+    puller = Puller(connection, stream="JOBS", ensure=ensure, on_message=taken.append)
     await puller.start()
     puller.grant(jobs + 1)
     await eventually(lambda: len(taken) >= jobs)
+    for message in taken:
+        await connection.request(message.reply, b"+ACK", timeout_s=5.0)
     await puller.stop()
-    return taken
+    return [codec.decode_job(message.data) for message in taken]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from nats.aio.subscription import Subscription
 
 from bus.connection import Connection, Message, connect
 from bus.publisher import Publisher
@@ -177,15 +176,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_messages_that_were_lost_on_the_way_are_fetched_again(
     connection: Connection, publisher: Publisher, scratch: str
 ) -> None:
-    """As when the client's own buffer runs over: the consumer counts them as delivered, and no connection was lost."""
+    """The consumer counts them as delivered, and no connection was lost."""
     await _fill(publisher, 10)
     async with _reading(connection, scratch) as reader:
         messages = await _read(reader, 10)
         await _fill(publisher, 10)
-        subscription = _drops_what_was_there(reader)
+        go_on = _drops_what_was_there(connection, reader)
         messages += await _read(reader, 1)
         await eventually(lambda: _delivered(connection, reader, 20))
-        subscription._pending_bytes_limit = 1024 * 1024
+        go_on()
         await _fill(publisher, 5)
         messages += await _read(reader, 14)
         assert reader._puller.credit == 0  # what came from the consumer that was left cost nothing
@@ -202,10 +201,10 @@ async def test_a_fold_notices_messages_that_were_lost_on_the_way(
         assert [message.seq for message in await _read(reader, 1)] == [5]
         for name in ("b", "lost"):
             await publisher.publish(f"scratch.{name}", b"x", timeout_s=5.0)
-        subscription = _drops_what_was_there(reader)
+        go_on = _drops_what_was_there(connection, reader)
         assert [message.subject for message in await _read(reader, 1)] == ["scratch.b"]
         await eventually(lambda: _delivered(connection, reader, 3))
-        subscription._pending_bytes_limit = 1024 * 1024
+        go_on()
         await publisher.publish("scratch.c", b"x", timeout_s=5.0)
         assert [message.subject for message in await _read(reader, 2)] == ["scratch.lost", "scratch.c"]
 
@@ -339,17 +338,17 @@ async def _fill(publisher: Publisher, messages: int) -> None:
         await asyncio.gather(*(publisher.publish("scratch.a", b"%d" % n, timeout_s=5.0) for n in numbers))
 
 
-def _drops_what_was_there(reader: OrderedReader) -> Subscription:
-    """The first of what waits in the stream comes; for the others the client has no room, until its subscription gets some."""
-    subscription, on_message = reader._puller._subscriptions[-1], reader._on_message
+def _drops_what_was_there(connection: Connection, reader: OrderedReader) -> Callable[[], None]:
+    """The first of what waits in the stream comes; the others are lost, until what this returns is called."""
+    heard, sid = connection.nc.at_once, reader._puller._subscriptions[-1]._id
+    on_message = heard[sid]
 
-    async def no_room_for_more(message: Message) -> None:
-        subscription._pending_bytes_limit = 1  # too small for any message: nats-py drops them
-        reader._puller._on_message = on_message
-        await on_message(message)
+    def the_first_of_all(message: Message) -> None:
+        heard[sid] = lambda _: None
+        on_message(message)
 
-    reader._puller._on_message = no_room_for_more
-    return subscription
+    heard[sid] = the_first_of_all
+    return lambda: heard.update({sid: on_message})
 
 
 async def _info(connection: Connection, reader: OrderedReader) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -51,6 +52,22 @@ async def test_it_comes_back_on_the_same_port_with_the_same_password(tmp_path: P
     await server.start()
     assert server.url == url
     await server.stop()
+
+
+async def test_the_next_one_in_the_directory_is_where_the_last_one_was_unless_somebody_else_is(tmp_path: Path) -> None:
+    async with EmbeddedServer(tmp_path / "nats") as server:
+        url = server.url
+    async with EmbeddedServer(tmp_path / "nats") as server:
+        assert server.url == url
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+        other.listen()
+        async with EmbeddedServer(tmp_path / "nats") as server:
+            assert server.url != url
+            await (await connect(server.url, name="test")).close()
+    (tmp_path / "nats" / "port").write_text("no port")
+    async with EmbeddedServer(tmp_path / "nats") as server:
+        await (await connect(server.url, name="test")).close()
 
 
 async def test_it_dies_with_its_parent(tmp_path: Path) -> None:

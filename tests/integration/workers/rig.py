@@ -133,11 +133,11 @@ class Station:
         """Jobs that it may still get; as many as there are free slots."""
         return sum(puller._credit for puller in self.pullers)
 
-    async def deliver(self, job: Job) -> None:
+    def deliver(self, job: Job) -> None:
         """As if the job had just come, without the event loop's turn in which its task would begin."""
         subject = subjects.job(model=job.model, route=job.route, lane=Lane.INTERACTIVE, org=job.org)
         message = Message(_client=None, subject=subject, reply="reply", data=codec.encode(job))
-        await self.worker._on_delivery(self.route, message, self.pullers[0])
+        self.worker._on_delivery(self.route, message, self.pullers[0])
 
     async def close(self) -> None:
         if self.connection.nc.is_closed:

@@ -52,8 +52,8 @@ async def test_a_route_that_goes_down_while_its_intake_starts_gets_none(
 
 
 def _intake(connection: Connection, taken: list[bytes]) -> Intake:
-    async def take(message: Message, _: Puller) -> None:
+    def take(message: Message, _: Puller) -> None:
         taken.append(message.data)
-        await connection.say(message.reply, b"+ACK")
+        assert connection.say_at_once([(message.reply, b"+ACK")])
 
     return Intake(connection, ROUTE, slots=1, nats_settings=NatsSettings(), take=take, pool=False)

@@ -246,7 +246,7 @@ async def test_a_job_that_only_a_newer_release_can_read_is_left_to_one(hire: Hir
 async def test_an_attempt_stopped_before_its_first_step_says_so(why: str, hire: Hire, desk: Desk) -> None:
     """The command comes in the very turn of the delivery: a task cancelled then would run none of its body."""
     station, job = await hire(), job_for()
-    await station.deliver(job)
+    station.deliver(job)
     assert station.route.free == station.route.slots - 1
     if why == "cancel":
         await station.worker._on_command(Message(_client=None, data=codec.encode(Cancel(nonce=job.nonce))))
@@ -261,7 +261,7 @@ async def test_an_attempt_stopped_before_its_first_step_says_so(why: str, hire: 
 
 async def test_a_task_that_is_cancelled_before_its_first_step_frees_its_slot(hire: Hire, desk: Desk) -> None:
     station, job = await hire(), job_for()
-    await station.deliver(job)
+    station.deliver(job)
     station.worker._running[job.nonce].task.cancel()
     await eventually(lambda: station.idle)
 

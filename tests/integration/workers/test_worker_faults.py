@@ -37,7 +37,7 @@ async def test_a_job_that_a_worker_took_with_it_is_delivered_again(
     doomed = await connect(nats_server.url, name="doomed")
     taken: list[Message] = []
 
-    async def take(message: Message) -> None:
+    def take(message: Message) -> None:
         taken.append(message)
 
     async def ensure() -> str:

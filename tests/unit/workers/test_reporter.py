@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from bus.connection import BusUnavailable
 from schemas import codec, subjects
@@ -43,6 +44,15 @@ class Wire:
     def __init__(self) -> None:
         self.said: list[tuple[str, bytes]] = []
         self.refuses = False
+        self.breaks = False
+        self.is_quiet = False
+
+    def say_at_once(self, messages: list[tuple[str, bytes]]) -> bool:
+        if self.breaks:
+            raise RuntimeError
+        if not self.refuses:
+            self.said += messages
+        return not self.refuses
 
     async def say(self, subject: str, payload: bytes) -> None:
         if self.refuses:
@@ -95,6 +105,40 @@ async def test_a_chunk_alone_is_a_frame_and_goes_out_in_the_next_turn(wire: Wire
         await _turns()
         assert len(wire.said) == number + 1
     assert [len(frame.chunks) for frame in wire.frames() if isinstance(frame, Delta)] == [1] * 5
+
+
+async def test_the_first_token_goes_out_in_its_own_turn_when_nobody_else_speaks(wire: Wire, report: Reporter) -> None:
+    report.started()
+    await _turns()
+    wire.is_quiet = True
+    report.chunk(Chunk(members=b'{"choices":[{"index":0,"delta":{"role":"assistant"}}]}'))
+    assert [type(frame) for frame in wire.frames()] == [Started]
+    report.chunk(_chunk(1))
+    assert [type(frame) for frame in wire.frames()] == [Started, Delta]
+    report.chunk(_chunk(2))
+    assert len(wire.said) == 2  # only the first one
+    await _turns()
+    assert [frame.seq for frame in wire.frames()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("busy", ["others speak", "a frame waits", "it is all there is"])
+async def test_a_first_token_waits_for_its_turn_otherwise(busy: str, wire: Wire, report: Reporter) -> None:
+    wire.is_quiet = busy != "others speak"
+    if busy == "a frame waits":
+        report.started()
+    report.chunk(_chunk(1) if busy != "it is all there is" else replace(_chunk(1), finish_reason="stop"))
+    assert wire.said == []
+    await _turns()
+    seqs = [frame.seq for frame in wire.frames()]
+    assert seqs == list(range(len(seqs)))
+
+
+async def test_a_first_token_that_can_not_be_said_at_once_is_said_in_its_turn(wire: Wire, report: Reporter) -> None:
+    wire.is_quiet = wire.breaks = True
+    report.chunk(_chunk(1))
+    assert wire.said == []
+    await _turns()
+    assert [frame.seq for frame in wire.frames()] == [0]
 
 
 async def test_a_first_chunk_without_a_token_goes_along_with_the_next(wire: Wire, report: Reporter) -> None:

@@ -169,3 +169,45 @@ def test_done_without_a_finish_reason_is_an_answer_that_was_cut_off() -> None:
     for data in (event(choice({"content": "a"})), event(choice({}, finish="stop")), b"[DONE]"):
         whole.event(b"", data)
     whole.check_complete()
+
+
+@pytest.mark.parametrize("request_body", [b"{}", b'{"n":2}'])
+def test_what_the_events_of_a_stream_repeat_is_read_once_and_changes_nothing(request_body: bytes) -> None:
+    """Each event as the first of an answer, which is looked at in full, and behind the others, of which only the choices are."""
+
+    def compact(choices: str, more: str = "") -> bytes:
+        head = '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":'
+        return f"{head}{choices}{more}}}".encode()
+
+    def said(text: str, ids: str, finish: str = "null", more: str = "") -> bytes:
+        return compact(
+            f'[{{"index":0,"delta":{{"content":"{text}"}},"logprobs":null,"finish_reason":{finish},"token_ids":{ids}}}]',
+            more,
+        )
+
+    events = [
+        compact('[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]'),
+        said("a", "[1]"),
+        said("b", "[2,3]"),
+        said('\\"token_ids\\":[9]}]', "[4]"),
+        said("", "[]"),
+        said("c", "[5]", more=',"new":true'),
+        compact(
+            '[{"index":0,"delta":{"content":"x"},"finish_reason":null,"token_ids":[6]},'
+            '{"index":1,"delta":{"content":"y"},"finish_reason":null,"token_ids":[7]}]'
+        ),
+        said("d", "[8]", '"stop"'),
+    ]
+    together = read(*events, request=request_body)
+    apart = [chunk for each in events for chunk in read(each, request=request_body)]
+    assert together == apart
+    assert [chunk.tokens for chunk in together] == [0, 1, 2, 1, 0, 1, 2, 1]
+    assert all(b'"token_ids":' not in (chunk.members or b"").replace(b'\\"', b"") for chunk in together)
+
+
+def test_ids_that_are_none_are_nonsense_behind_good_ones_too() -> None:
+    events = [
+        b'{"choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null,"token_ids":[%d]}]}' % n for n in (1, 2)
+    ]
+    with pytest.raises(ProviderNonsense):
+        read(*events, events[0].replace(b"[1]", b"[99999999999]"))
