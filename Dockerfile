@@ -4,7 +4,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/penstock
 # First what changes seldom, so that a change of the code doesn't fetch it anew.
 COPY requirements/runtime.lock /src/requirements/runtime.lock
-RUN /opt/penstock/bin/pip install --require-hashes --only-binary :all: -r /src/requirements/runtime.lock
+RUN /opt/penstock/bin/pip install --no-deps --require-hashes --only-binary :all: -r /src/requirements/runtime.lock
 COPY pyproject.toml README.md LICENSE penstock.py /src/
 COPY schemas /src/schemas
 COPY bus /src/bus

@@ -72,7 +72,8 @@ def environment(*, gpu: bool, spinning: bool) -> dict[str, str]:
 
 
 def on_cpu(*, spinning: bool) -> dict[str, str]:
-    """What the engine is told on the CPU of this machine; with *spinning* but to have one thread and not to pin it."""
+    """What the engine is told on the CPU of this machine; with *spinning* but to have one thread, not to
+    pin it, and to compile nothing."""
     alone = {name: value for name, value in ON_CPU_ONLY.items() if name != ONE_PROCESS}
     return alone if spinning else on_few_cores(cores_without_gpu() or FEW_CORES, {})
 

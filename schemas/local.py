@@ -61,3 +61,18 @@ def read_ready(home: Path) -> Ready:
         ) from error
     except msgspec.MsgspecError as error:
         raise SetupError(f"{path} is not what `penstock up` writes: {error}") from error
+
+
+def nats_url(given: str | None, home: str | None) -> str:
+    """Which NATS a worker works for: *given*, else that of the `penstock up` that runs in *home*.
+
+    Raises: SetupError if there is neither.
+    """
+    if given:
+        return given
+    try:
+        return read_ready(home_folder(home)).nats_url
+    except SetupError as error:
+        raise SetupError(
+            f"{error.message.rstrip('.')}. To work for another machine's: --nats URL, or PENSTOCK_NATS."
+        ) from error

@@ -401,7 +401,7 @@ class Vllm(Chat):
 
     def answer(self, asked: Asked) -> Reply | None:
         said: Reply | None = None
-        match asked.method, asked.path:
+        match asked.method, asked.path.partition("?")[0]:
             case "GET", "/version":
                 said = Reply({"version": "0.33.0"})
             case "GET", "/v1/models":
@@ -409,7 +409,7 @@ class Vllm(Chat):
                 said = Reply({"object": "list", "data": [entry]})
             case "GET", "/health":
                 said = Reply(b"", 503 if self.dead else 200)
-            case "GET", "/metrics":
+            case "GET", "/metrics" | "/metrics/":
                 said = Reply(VLLM_METRICS, 200, {"Content-Type": "text/plain"})
             case "POST", "/detokenize":
                 said = Reply({"prompt": "".join(f"{WORDS[at]} " for at in asked.body["tokens"])})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -79,7 +81,10 @@ def main(
         except NoHistory as error:
             raise click.ClickException(str(error)) from error
         plan = Plan(servers=int(servers), engines=engines, roots=roots)
-        result = uvloop.run(_run(folder, plan, orders))
+        try:
+            result = uvloop.run(_run(folder, plan, orders))
+        except asyncio.CancelledError:
+            raise SystemExit(128 + signal.SIGTERM) from None
     report.write(out, result, seed=seed, command=shlex.join(sys.argv))
     for table in (report.by_fault(result), report.ends(result), report.totals(result, seed=seed)):
         console.print(table)
@@ -89,6 +94,10 @@ def main(
 
 
 async def _run(folder: Path, plan: Plan, orders: Orders) -> Result:
+    """SIGTERM cancels it, as SIGINT does, so that what was started is stopped too."""
+    this = asyncio.current_task()
+    if this is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -103,6 +103,23 @@ def test_a_ledger_that_tells_something_else_is_found_out(kind: Kind, rule: str, 
 
 
 @pytest.mark.parametrize(
+    ("second", "twice"),
+    [
+        ({"ingress": "ingress-1"}, True),
+        ({"ingress": "ingress-2"}, False),
+        ({"ingress": "ingress-1", "cost_pico": 0}, False),
+        ({"ingress": "ingress-1", "announced": False}, False),  # of release 0.1.0, which knows no Idempotency-Key
+    ],
+)
+def test_what_has_an_idempotency_key_is_billed_once_by_an_ingress_that_knows_of_it(
+    second: dict[str, Any], twice: bool
+) -> None:
+    first = entry(ingress="ingress-1", announced=second.get("announced", True))
+    said = rules(found([record(key="k")], entries=[first, replace(first, request_id="another", **second)]))
+    assert ((Kind.DUPLICATED, "what has an Idempotency-Key is billed once by an ingress") in said) is twice
+
+
+@pytest.mark.parametrize(
     ("kind", "rule", "changes"),
     [
         (Kind.WRONG, "each word is in its place", {"text": text(1, 1, 1, 1).replace(":2:", ":1:")}),

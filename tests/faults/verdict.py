@@ -113,7 +113,8 @@ def _books(evidence: Evidence) -> Iterator[Problem]:
         ids = ", ".join(entry.request_id for entry in entries)
         if prompt_hash not in keyed and len({entry.request_id for entry in entries}) > 1:
             yield Problem(Kind.DUPLICATED, "a request is accepted once", prompt_hash, ids)
-        billed = [entry.ingress for entry in entries if entry.cost_pico > 0]
+        # Release 0.1.0 knows no Idempotency-Key, and says nothing of itself.
+        billed = [entry.ingress for entry in entries if entry.cost_pico > 0 and entry.announced]
         if len(billed) > len(set(billed)):
             yield Problem(Kind.DUPLICATED, "what has an Idempotency-Key is billed once by an ingress", prompt_hash, ids)
     for entry in evidence.entries:

@@ -36,7 +36,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "fields that only the engine knows": ask(HELLO, max_tokens=30, extra_body={"ignore_eos": True, "min_tokens": 5}),
 }
 LEAVES = 20
-FREED_MAX_S = 0.2  # in the median; the target is 50 ms, and this holds on a busy machine too
+FREED_MAX_S = 0.05  # in the median; one in twenty may meet a busy machine
 LEFT_MAX_S = 3.0
 every_way = pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
 every_answer = pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda c: c.question)

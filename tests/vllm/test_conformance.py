@@ -210,7 +210,7 @@ async def test_streams_at_once_do_not_mix(vllm: Vllm) -> None:
 
 
 async def test_closing_a_stream_frees_the_engines_slot_within_50_ms(vllm: Vllm, engine: Engine) -> None:
-    """By the engine's own count of what it runs. Asking for that takes a few milliseconds, which are in the figure."""
+    """By the engine's own count of what it runs. Asking for that takes a millisecond or two, which are in the figure."""
     freed_s = []
     for _ in range(ABORTS):
         chunks = vllm.generate(make_job({**ENDLESS, "stream": True}))

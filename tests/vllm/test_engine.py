@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.request
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from tests.vllm.engine import GENERATED, RUNNING, Engine
 from tests.vllm.guarded import GUARD
 from tests.vllm.tiny_model import AS_JSON, COUNT, HELLO, Conversation
 from tests.waiting import eventually
+from workers.providers.vllm_metrics import METRICS_PATHS, read
 
 pytestmark = [
     pytest.mark.vllm,
@@ -37,6 +39,15 @@ async def test_engine_counts_what_it_runs(engine: Engine, direct: OpenAI) -> Non
         assert engine.metric(RUNNING) == 1
     await eventually(lambda: engine.metric(RUNNING) == 0, what="a free engine")
     assert generated < engine.metric(GENERATED) < generated + LONG
+
+
+def test_the_numbers_asked_for_by_name_are_those_of_the_whole_page(engine: Engine) -> None:
+    pages = [urllib.request.urlopen(engine.base_url + path, timeout=5).read().decode() for path in METRICS_PATHS]
+    by_name, whole = map(read, pages)
+    assert by_name is not None
+    assert by_name == whole
+    assert by_name.cache_tokens
+    assert len(pages[0]) < len(pages[1]) / 10
 
 
 async def test_guard_leaves_nothing_behind_when_its_asker_is_killed() -> None:

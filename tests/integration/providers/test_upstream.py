@@ -401,6 +401,68 @@ async def test_a_slot_is_free_again_whatever_became_of_its_request() -> None:
         assert len(upstream._connections) <= 2
 
 
+async def test_what_may_be_taken_together_waits_until_it_is_taken() -> None:
+    """The end of an answer, too; but not the end of its connection."""
+    say = asyncio.Event()
+    gathered: list[asyncio.Future[None]] = []
+
+    def gather(reader: asyncio.Future[None]) -> bool:
+        gathered.append(reader)
+        return True
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK + b"content-length: 6\r\n\r\n1")
+        for rest in (b"23", b"4", b"5"):
+            await say.wait()
+            say.clear()
+            writer.write(rest)
+        await say.wait()
+
+    async with serving(speak) as (_, port), calling(f"http://127.0.0.1:{port}") as upstream:
+        until = patience(0.5)
+        answer = await upstream.ask("GET", "/models", patience=until)
+        assert await answer.read(until) == b"1"
+        reading = asyncio.create_task(answer.read(until, gather=gather))
+        for _ in range(2):
+            await asyncio.sleep(0.05)
+            say.set()
+        await asyncio.sleep(0.1)
+        assert not reading.done()
+        assert len(gathered) == 1  # however much comes meanwhile
+        gathered[0].set_result(None)
+        assert await reading == b"234"
+
+        reading = asyncio.create_task(answer.read(until, gather=gather))
+        for _ in range(2):
+            await asyncio.sleep(0.05)
+            say.set()
+        assert await reading == b"5"  # one byte was still to come, and now never will
+        assert len(gathered) == 2
+        assert not gathered[1].cancelled()
+        assert await answer.read(until, gather=gather) == b""
+        assert answer.cut
+        answer.close()
+
+
+async def test_what_has_come_in_time_is_not_late_because_it_waits_to_be_taken() -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK + b"content-length: 3\r\n\r\n1")
+        await asyncio.sleep(0.05)
+        writer.write(b"2")
+        await asyncio.sleep(10.0)
+
+    async with serving(speak) as (_, port), calling(f"http://127.0.0.1:{port}") as upstream:
+        until = patience(0.3)
+        answer = await upstream.ask("GET", "/models", patience=until)
+        assert await answer.read(until) == b"1"
+        assert await answer.read(until, gather=lambda _: True) == b"2"  # by then it was to be there, and was
+        with pytest.raises(ProviderTimeout):
+            await answer.read(until, gather=lambda _: True)
+        answer.close()
+
+
 async def _read(upstream: Upstream, path: str) -> bytes:
     until = patience(0.1)
     answer = await upstream.ask("GET", path, patience=until)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import SetupError
-from schemas.local import READY_FILE, Ready, home_folder, read_ready, write_private, write_ready
+from schemas.local import READY_FILE, Ready, home_folder, nats_url, read_ready, write_private, write_ready
 
 READY = Ready(
     base_url="http://127.0.0.1:8000/v1",
@@ -63,3 +63,14 @@ def test_a_ready_file_of_another_make_is_named(tmp_path: Path, content: bytes) -
     (tmp_path / READY_FILE).write_bytes(content)
     with pytest.raises(SetupError, match=r"ready\.json is not what"):
         read_ready(tmp_path)
+
+
+def test_a_worker_works_for_whom_it_is_told_to_or_for_what_runs_in_the_home(tmp_path: Path) -> None:
+    write_ready(tmp_path / READY_FILE, READY)
+    assert nats_url("nats://elsewhere", str(tmp_path)) == "nats://elsewhere"
+    assert nats_url(None, str(tmp_path)) == READY.nats_url
+    with pytest.raises(SetupError, match=r"nothing is running in .*empty.*--nats URL, or PENSTOCK_NATS"):
+        nats_url(None, str(tmp_path / "empty"))
+    (tmp_path / READY_FILE).write_bytes(b"{")
+    with pytest.raises(SetupError, match="is not what `penstock up` writes"):
+        nats_url(None, str(tmp_path))
