@@ -81,7 +81,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.failed:
         running: dict[str, Any] = getattr(item, "funcargs", {})
-        for name in ("engine", "deployment"):
+        for name in ("engine", "deployment", "own"):
             if name in running:
                 report.sections.append((f"end of the log of the {name}", running[name].process.log_tail()))
     return report

@@ -34,6 +34,8 @@ def asking(conversation: Conversation, **members: Any) -> dict[str, Any]:
     return {"model": "m", "messages": conversation.messages, "temperature": 0, "stream": True, **members}
 
 
+CUTS_LEAST = 4
+TRIES_MAX = 5  # a busy engine tells several tokens in an event, which leaves fewer places to cut at
 CASES: dict[str, dict[str, Any]] = {
     "text": asking(HELLO),
     "half characters": asking(GREETING),
@@ -203,10 +205,14 @@ async def test_the_engine_goes_on_exactly(first: Vllm) -> None:
 @pytest.mark.parametrize("case", CASES)
 async def test_a_continuation_is_the_unbroken_answer_wherever_it_is_cut(first: Vllm, second: Vllm, case: str) -> None:
     body = CASES[case]
-    unbroken = await whole(first, body)
+    for _ in range(TRIES_MAX):
+        unbroken = await whole(first, body)
+        last = next(i for i, chunk in enumerate(unbroken) if chunk.finish_reason is not None)
+        cuts = range(2, last + 1)  # behind the role and a first token, and before the end
+        if len(cuts) >= CUTS_LEAST:
+            break
+    assert len(cuts) >= CUTS_LEAST
     wanted = told(unbroken)
-    last = next(i for i, chunk in enumerate(unbroken) if chunk.finish_reason is not None)
-    cuts = range(2, last + 1)  # behind the role and a first token, and before the end
     for cut in cuts:
         before = unbroken[:cut]
         if told(before).tokens < body.get("min_tokens", 0):
@@ -220,4 +226,3 @@ async def test_a_continuation_is_the_unbroken_answer_wherever_it_is_cut(first: V
         assert found.tokens == wanted.tokens, at
         assert comparable(found.logprobs) == comparable(wanted.logprobs), at
         assert onward[-1].usage is not None
-    assert len(cuts) > 3

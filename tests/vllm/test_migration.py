@@ -92,8 +92,8 @@ async def test_a_killed_worker_is_followed_by_another_token_for_token(
     await add_worker(rig, "worker-b", other_engine)
     unbroken = await ask(rig, question)
 
-    async def kill(_: Heard) -> None:
-        await rig.workers[await rig.at_work()].kill()
+    async def kill(heard: Heard) -> None:
+        await rig.workers[await rig.at_work(heard)].kill()
 
     heard = await ask(rig, question, when=kill, after=60)
     check_seam(heard, unbroken)
@@ -107,14 +107,18 @@ async def test_a_killed_engine_is_followed_by_another_token_for_token(rig: Rig, 
         await add_worker(rig, "worker-b", engine)
         unbroken = await ask(rig)
 
-        async def kill(_: Heard) -> None:
-            if await rig.at_work() == "worker-a":
+        killed: list[int] = []
+
+        async def kill(heard: Heard) -> None:
+            if await rig.at_work(heard) == "worker-a":
                 for process in psutil.Process(doomed.process.pid).children(recursive=True):
                     os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
 
         for _ in range(TRIES):  # until it is asked of the one that dies
             heard = await ask(rig, when=kill, after=60)
             check_seam(heard, unbroken)
-            if rig.of_kind("stream.migrated"):
+            if killed:
                 break
+        assert killed
         await seen(rig, heard, "kill -9 of the engine")

@@ -48,6 +48,7 @@ name = "echo"
 class Heard:
     """A stream as its client sees it."""
 
+    request_id: str = ""
     chunks: list[ChatCompletionChunk] = field(default_factory=list)
     at: list[float] = field(default_factory=list)
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -154,7 +155,9 @@ class Rig:
         }
         async with sdk(self.base_url, API_KEY, timeout_s=60) as client:
             try:
-                async for chunk in await client.chat.completions.create(**body):
+                stream = await client.chat.completions.create(**body)
+                heard.request_id = stream.response.headers["x-request-id"]
+                async for chunk in stream:
                     heard.chunks.append(chunk)
                     heard.at.append(time.monotonic())
                     if when is not None and len(heard.chunks) == after:
@@ -167,9 +170,13 @@ class Rig:
         heard.waited_s = heard.watch.waited_s
         return heard
 
-    async def at_work(self) -> str:
-        """The worker that began the last attempt."""
-        return str((await self.event("attempt.started"))["worker"])
+    async def at_work(self, heard: Heard) -> str:
+        """The worker that began the last attempt at *heard*. That it did is told a quarter of a second later."""
+
+        def begun() -> str:
+            return [e["worker"] for e in self.of_kind("attempt.started") if e["request_id"] == heard.request_id][-1]
+
+        return await eventually(begun, what="who began it")
 
     async def event(self, kind: str, *, number: int = -1) -> dict[str, Any]:
         return await eventually(lambda: self.of_kind(kind)[number], what=f"a {kind}")

@@ -48,12 +48,12 @@ def tell(what: str, heard: Heard, migrated: dict[str, Any] | None = None) -> Non
     sys.stdout.write(f"{what}: {heard.gap_s * 1000:.0f} ms without a word{noted}\n")
 
 
-async def kill_at_work(rig: Rig) -> None:
-    await rig.workers[await rig.at_work()].kill()
+async def kill_at_work(rig: Rig, heard: Heard) -> None:
+    await rig.workers[await rig.at_work(heard)].kill()
 
 
 async def test_a_killed_worker_is_no_more_than_a_pause(two: Rig) -> None:
-    heard = await two.ask(when=lambda _: kill_at_work(two), logprobs=True)
+    heard = await two.ask(when=partial(kill_at_work, two), logprobs=True)
     check_unbroken(heard)
     logprobs = [
         p.token for chunk in heard.chunks for c in chunk.choices if c.logprobs for p in c.logprobs.content or ()
@@ -76,8 +76,8 @@ async def test_a_killed_worker_is_no_more_than_a_pause(two: Rig) -> None:
 async def test_a_worker_that_drains_hands_its_stream_on_at_once(two: Rig) -> None:
     """It says so, after the time that its drain leaves to what runs."""
 
-    async def terminate(_: Heard) -> None:
-        leaving.append(asyncio.create_task(two.workers[await two.at_work()].terminate()))
+    async def terminate(heard: Heard) -> None:
+        leaving.append(asyncio.create_task(two.workers[await two.at_work(heard)].terminate()))
 
     leaving: list[asyncio.Task[None]] = []
     heard = await two.ask(when=terminate)
@@ -131,8 +131,8 @@ async def test_a_worker_that_stands_still_is_left_and_told_to_stop_when_it_speak
         await rig.add_worker(name, tokens_per_s=4 * TOKENS_PER_S)
     long = f"{TEXT}. " * 8
 
-    async def pause(_: Heard) -> None:
-        stopped.append(await rig.at_work())
+    async def pause(heard: Heard) -> None:
+        stopped.append(await rig.at_work(heard))
         rig.workers[stopped[0]].pause()
 
     stopped: list[str] = []
@@ -155,8 +155,8 @@ async def test_a_worker_that_wakes_up_while_another_goes_on_does_not_mix_in(rig:
     await rig.add_worker("worker-a")
     await rig.add_worker("worker-b", tokens_per_s=8)
 
-    async def pause(_: Heard) -> None:
-        stopped.append(await rig.at_work())
+    async def pause(heard: Heard) -> None:
+        stopped.append(await rig.at_work(heard))
         rig.workers[stopped[0]].pause()
 
     stopped: list[str] = []
@@ -169,8 +169,8 @@ async def test_a_worker_that_wakes_up_while_another_goes_on_does_not_mix_in(rig:
 async def test_a_cut_cable_is_noticed_at_once(two: Rig) -> None:
     """Its connection to NATS ends, and for a while there is no other."""
 
-    async def cut(_: Heard) -> None:
-        cable = two.cables[await two.at_work()]
+    async def cut(heard: Heard) -> None:
+        cable = two.cables[await two.at_work(heard)]
         cable.freeze()
         cable.cut()
 
@@ -230,8 +230,8 @@ async def test_what_the_queue_gives_to_a_silent_worker_is_done_by_another(two: R
 async def test_who_never_heard_that_it_is_to_go_on_is_asked_again(two: Rig) -> None:
     """The word was on the other worker's cable when that was cut. Its client got an error after a second."""
 
-    async def strike(_: Heard) -> None:
-        at_work = await two.at_work()
+    async def strike(heard: Heard) -> None:
+        at_work = await two.at_work(heard)
         (other,) = two.cables.keys() - {at_work}
         two.cables[other].freeze()
         await two.workers[at_work].kill()
@@ -304,7 +304,7 @@ async def test_the_third_loss_ends_the_stream_honestly(rig: Rig) -> None:
 async def test_what_must_not_be_continued_ends_honestly(two: Rig, after: int) -> None:
     """A tool call behind its first piece, and one of two choices."""
     tool: dict[str, Any] = {"tools": [{"type": "custom", "custom": {"name": "word1"}}]}
-    heard = await two.ask(when=lambda _: kill_at_work(two), after=after, **(tool if after == 2 else {"n": 2}))
+    heard = await two.ask(when=partial(kill_at_work, two), after=after, **(tool if after == 2 else {"n": 2}))
     assert heard.error is not None
     assert heard.error.code == "worker_lost"
     assert not two.of_kind("stream.migrated")
