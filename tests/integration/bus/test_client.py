@@ -9,6 +9,8 @@ import threading
 import time
 from urllib.parse import urlsplit
 
+import pytest
+
 from bus.connection import Connection, Message
 from bus.server import EmbeddedServer
 from tests.restarts import frozen
@@ -81,12 +83,18 @@ async def test_what_is_said_after_a_lull_is_on_its_way_at_once(
         assert not connection.nc._pending
 
 
-async def test_what_is_said_in_one_turn_is_written_together(connection: Connection) -> None:
-    await asyncio.sleep(0.05)
+async def test_what_is_said_in_one_turn_is_written_together_and_after_a_lull_at_once(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bus.client.LULL_S", 3600.0)
     for word in (b"1", b"2", b"3"):
         await connection.say("test.together", word)
-    assert len(connection.nc._pending) == 2
+    assert len(connection.nc._pending) == 3
     await asyncio.sleep(0)
+    assert not connection.nc._pending
+    monkeypatch.setattr("bus.client.LULL_S", 0.01)
+    await asyncio.sleep(0.05)
+    await connection.say("test.together", b"4")
     assert not connection.nc._pending
 
 
