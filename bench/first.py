@@ -36,6 +36,9 @@ class Client:
         self._socket = socket.create_connection((host, port), timeout=ANSWER_WAIT_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def close(self) -> None:
+        self._socket.close()
+
     def first_token_s(self, number: int) -> float:
         """Of one whole stream. Raises: ClickException if it is not right, OSError."""
         begun_s, first_s, answer = time.perf_counter(), 0.0, bytearray()

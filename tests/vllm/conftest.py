@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -73,6 +73,20 @@ def has_gpu() -> bool:
     """Asked in a process of its own: torch takes seconds to import, and the GPU's memory with it."""
     asked = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
+
+
+FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Says what was measured; it stands at the end of the run, whatever that comes to."""
+    return request.config.stash.setdefault(FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for told in terminalreporter.config.stash.get(FIGURES, []):
+        terminalreporter.write_line(told)
 
 
 @pytest.hookimpl(wrapper=True)

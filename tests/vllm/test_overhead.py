@@ -1,0 +1,34 @@
+"""What Penstock adds to the first token of a lone stream, the engine and Penstock being asked by turns in one run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from bench.first import Client, by_turns
+from bench.vllm import ADDED_SHARE_MAX
+from tests.vllm.deployment import Deployment
+from tests.vllm.engine import MODEL, Engine
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+WARM_UP = 10
+REQUESTS = 80
+TOKENS = 16
+
+
+def test_the_first_token_is_hardly_later_than_the_engines_own(
+    engine: Engine, deployment: Deployment, figure: Callable[[str], None]
+) -> None:
+    with (
+        closing(Client(f"{engine.base_url}/v1", "none", model=MODEL, tokens=TOKENS)) as direct,
+        closing(Client(deployment.base_url, deployment.api_key, model=MODEL, tokens=TOKENS)) as ours,
+    ):
+        by_turns([direct, ours], WARM_UP)
+        direct_ms, ours_ms = (statistics.median(took) for took in by_turns([direct, ours], REQUESTS))
+    added_ms = ours_ms - direct_ms
+    figure(f"the first token comes {added_ms:.2f} ms later than directly, where it takes {direct_ms:.2f} ms")
+    assert added_ms < ADDED_SHARE_MAX * direct_ms
