@@ -23,7 +23,7 @@ import msgspec
 
 from schemas.errors import PenstockError, SetupError
 from schemas.local import READY_FILE, Ready, home_folder, write_private, write_ready
-from schemas.routes import with_builtin_routes
+from schemas.routes import shared, with_builtin_routes
 from schemas.settings import Settings, load
 
 COMMANDS = {
@@ -84,6 +84,8 @@ def up(
 
     configure("up")
     settings = load(config, ingress={"port": port})
+    for route in settings.routes:
+        shared(route, _sharing(settings))  # what is wrong with that is said here, and not by each worker
     place = home_folder(home or os.environ.get("PENSTOCK_HOME") or settings.home)
     asyncio.run(_up(settings, place, config=config, nats_url=nats_url, ready_file=ready_file))
 
@@ -209,13 +211,21 @@ def _commands(
                 role,
                 "worker",
                 *(() if role == "worker" else ("--no-discover",)),
-                environ={"PENSTOCK_WORKER_RUN_FOLDER": str(run / role)},
+                environ={
+                    "PENSTOCK_WORKER_RUN_FOLDER": str(run / role),
+                    "PENSTOCK_WORKER_LIMITS_SHARED_BY": str(_sharing(settings)),
+                },
                 stop_wait_s=settings.worker.stop_wait_s,
             )
             for role in workers
         ),
         command("ledger", "ledger", "--fd", str(ledger.fileno()), pass_fds=(ledger.fileno(),)),
     ]
+
+
+def _sharing(settings: Settings) -> int:
+    """How many workers have the same keys, here and on the machines that the configuration tells of."""
+    return settings.up.workers * settings.worker.limits_shared_by
 
 
 def _own_keys(home: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from schemas.errors import SetupError
 from schemas.ids import RouteId
 from schemas.money import FREE, UNKNOWN
 from schemas.providers import KnownProvider, known_at, known_price, known_providers, same_address
@@ -90,6 +91,28 @@ def _is_here(base_url: str | None) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def shared(route: RouteSettings, workers: int) -> RouteSettings:
+    """*route* with one worker's part of its limits, where so many have the same keys: together they take no more than it states.
+
+    Attempts at once are at least one for each. What only runs here, such as a worker's own engine, isn't shared.
+    Raises: SetupError if there is less than one request or token for each.
+    """
+    if workers == 1 or route.provider in OWN:
+        return route
+    for name, limit in (("requests", route.requests_per_minute), ("tokens", route.tokens_per_minute)):
+        if 0 < limit < workers:
+            raise SetupError(
+                f"route {route.id!r}: {name}_per_minute = {limit} can't be shared by {workers} workers; run fewer of them"
+            )
+    at_once = route.max_concurrency
+    return msgspec.structs.replace(
+        route,
+        max_concurrency=None if at_once is None else max(1, at_once // workers),
+        requests_per_minute=route.requests_per_minute // workers,
+        tokens_per_minute=route.tokens_per_minute // workers,
+    )
 
 
 def is_own(route: RouteSettings) -> bool:

@@ -109,6 +109,7 @@ class WorkerSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=
     first_byte_timeout_s: float = 300.0
     idle_timeout_s: float = 120.0
     tries: int = 3  # of one attempt at a provider that answers 5xx or can't be reached
+    limits_shared_by: int = 1  # so many workers have the same keys: each keeps to its part of what routes state
     limit_wait_s: float = 5.0  # an attempt waits so long for a key or a limit that has no room
     max_kept_bytes: int = 8 * MIB  # frames of one attempt kept for a resend
     max_response_bytes: int = 64 * MIB  # a provider's answer without streaming
@@ -181,7 +182,7 @@ class RouteSettings(_Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     api_keys: tuple[str, ...] = ()
     headers: dict[str, str] = {}  # sent with every request, beside the key
     max_concurrency: int | None = None  # attempts at once; None: what the provider says, else `SLOTS_DEFAULT`
-    requests_per_minute: int = 0  # that one worker sends; 0: no limit but what the provider tells
+    requests_per_minute: int = 0  # 0: no limit but what the provider tells
     tokens_per_minute: int = 0  # the same for tokens of prompts and answers; also for the strategy `usage_based`
     first_token_max_s: float = 0.0  # streams that typically begin later take the route down; 0: never
     models: tuple[ModelSettings, ...] = ()  # none: all that the provider says it has
@@ -339,6 +340,8 @@ def _check(settings: Settings, config: Path | None) -> None:
     for route in settings.routes:
         _check_route(route, config)
     _check_routing(settings, config)
+    if settings.worker.limits_shared_by < 1:
+        raise SetupError(f"{config or 'settings'}: worker.limits_shared_by must be at least 1")
     for address in settings.worker.discover_addresses:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:

@@ -11,7 +11,7 @@ import click
 from schemas.errors import SetupError
 from schemas.ids import RouteId, WorkerId, new_name
 from schemas.local import nats_url
-from schemas.routes import with_builtin_routes
+from schemas.routes import shared, with_builtin_routes
 from schemas.settings import ModelSettings, RouteSettings, VllmSettings, discovers, load
 
 
@@ -82,6 +82,7 @@ def worker(
                 f"no route is called {', '.join(sorted(unknown))}; there are {', '.join(r.id for r in routes)}"
             )
         routes = tuple(route for route in routes if route.id in only)
+    routes = tuple(shared(route, settings.worker.limits_shared_by) for route in routes)
     uvloop.run(
         run_worker(
             settings,

@@ -92,6 +92,10 @@ def test_every_variable_is_read_by_the_code(role: str, service: str) -> None:
     assert not unread
 
 
+def test_the_workers_share_the_limits_of_a_route() -> None:
+    assert settings_of("worker").worker.limits_shared_by == SERVICES["worker"]["deploy"]["replicas"]
+
+
 def test_the_number_of_replicas_is_one_setting_that_every_role_has() -> None:
     assert {settings_of(service).nats.replicas for _, service in OURS} == {len(SERVERS)}
     text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
