@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
@@ -47,16 +48,26 @@ async def ensure_streams(connection: Connection, settings: NatsSettings) -> None
 async def await_streams(connection: Connection, settings: NatsSettings) -> None:
     """`ensure_streams` for a process that starts: returns only when each stream answers, too.
 
-    In a cluster that has just started that takes an election or two.
+    Raises: as `until_it_answers`.
+    """
+
+    async def ensure() -> None:
+        await ensure_streams(connection, settings)
+        for stream in (subjects.JOBS, subjects.EVENTS, subjects.CONTROL, subjects.CLAIMS):
+            await stream_state(connection, stream)  # only its leader answers
+
+    await until_it_answers(ensure)
+
+
+async def until_it_answers(ask: Callable[[], Awaitable[None]]) -> None:
+    """Calls *ask* until JetStream can answer it. In a cluster that has just started that takes an election or two.
 
     Raises: ApiError, BusUnavailable when `LEADERS_WAIT_S` is over, or at once if JetStream refuses.
     """
     until = asyncio.get_running_loop().time() + LEADERS_WAIT_S
     while True:
         try:
-            await ensure_streams(connection, settings)
-            for stream in (subjects.JOBS, subjects.EVENTS, subjects.CONTROL, subjects.CLAIMS):
-                await stream_state(connection, stream)  # only its leader answers
+            await ask()
         except (ApiError, BusUnavailable) as error:
             refused = isinstance(error, ApiError) and error.status != UNAVAILABLE_STATUS
             if refused or asyncio.get_running_loop().time() > until:

@@ -43,9 +43,10 @@ class Intake:
         self._paused = False
 
     async def start(self, models: tuple[str, ...]) -> None:
-        """Raises: ApiError, BusUnavailable."""
+        """Begins to ask for jobs. It may be called again where it failed. Raises: ApiError, BusUnavailable."""
         for model in models if self._pool else (None,):
-            await self._open(model)
+            if model not in self._pullers:
+                await self._open(model)
 
     async def widen(self, models: tuple[str, ...]) -> None:
         """Asks for jobs of these *models* too, in a pool. Raises: ApiError, BusUnavailable."""

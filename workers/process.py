@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
 
-from bus.connection import connect
+from bus.connection import Connection, connect
 from bus.log import EventLog
 from bus.processes import end_after
 from bus.publisher import Publisher
@@ -50,7 +50,7 @@ async def run_worker(
 
     A second signal ends it at once.
 
-    Raises: SetupError.
+    Raises: SetupError; ApiError, BusUnavailable if NATS gives it no jobs.
     """
     opened = {route.id: make_provider(route, settings.worker) for route in routes}
     try:
@@ -78,7 +78,11 @@ async def run_worker(
 
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
-    await worker.start()
+    try:
+        await worker.start()
+    except PenstockError:
+        await _close(opened.values(), publisher, connection)
+        raise
     unnamed = [route for route in routes if not route.models]
     asked = [asyncio.Event() for _ in unnamed]
     askers = [
@@ -106,11 +110,15 @@ async def run_worker(
     await discovery.stop()
     await _unless(stop_now, worker.drain())
     await discovery.aclose()
-    for provider in opened.values():
+    await _close(opened.values(), publisher, connection)
+    log.info("stopped")
+
+
+async def _close(providers: Iterable[Provider], publisher: Publisher, connection: Connection) -> None:
+    for provider in providers:
         await provider.aclose()
     await publisher.stop()
     await connection.close()
-    log.info("stopped")
 
 
 async def _serve_when_named(worker: Worker, route: RouteSettings, provider: Provider, *, asked: asyncio.Event) -> None:

@@ -12,7 +12,7 @@ import structlog
 from bus.connection import BusUnavailable, Connection, Forget, Message
 from bus.log import EventLog
 from bus.puller import Puller
-from bus.streams import await_streams
+from bus.streams import await_streams, until_it_answers
 from schemas import codec, subjects
 from schemas.errors import PenstockError
 from schemas.events import INGRESS_LOST
@@ -91,7 +91,7 @@ class Worker:
         self._orphans = Orphans(connection, self._served, self._stop_for)
 
     async def start(self) -> None:
-        """Raises: ApiError, BusUnavailable."""
+        """Raises: ApiError, BusUnavailable; then it has drained."""
         await await_streams(self._connection, self._nats_settings)
         self._outbox.start()
         for subject in (subjects.ctl(self.id), subjects.EVERY_WORKER):
@@ -100,8 +100,12 @@ class Worker:
         self._state = WorkerState.SERVING
         await self._connection.listen(subjects.here(self.id), _nothing)
         await self._orphans.start()
-        for route in self._routes.values():
-            await self._open(route)
+        try:
+            for route in self._routes.values():
+                await self._open(route)
+        except PenstockError:
+            await self.drain()  # the routes that are open have taken jobs by now
+            raise
         self._forget = self._connection.on_reconnect(self._on_reconnect)
         self._beat = asyncio.create_task(self._announce_regularly(), name="presence")
         await self.announce()
@@ -196,7 +200,7 @@ class Worker:
         route.provider.throttle(lambda reason: self._hold(route, reason))
         route.provider.attach(lambda reason: self._tell(route, reason))
         try:
-            await intake.start(route.names())
+            await until_it_answers(lambda: intake.start(route.names()))
         except PenstockError:
             await intake.stop()
             raise

@@ -19,6 +19,7 @@ from bus.reader import OrderedReader
 from bus.server import EmbeddedServer
 from bus.streams import stream_state
 from schemas import codec, subjects
+from schemas.errors import PenstockError
 from schemas.events import AttemptFinished
 from schemas.frames import AnyFrame, Delta, Finished, Started
 from schemas.ids import IngressId, Nonce, RouteId, WorkerId, new_name
@@ -147,23 +148,34 @@ class Station:
         await self.connection.close()
 
 
-async def open_station(url: str, *, provider: Fake | None = None, slots: int = 4, drain_s: float = 5.0) -> Station:
+async def open_station(
+    url: str, *, provider: Fake | None = None, slots: int = 4, drain_s: float = 5.0, further: int = 0
+) -> Station:
+    """*further* routes come behind the first."""
     name = WorkerId(new_name("worker"))
     provider = provider or Fake()
     connection = await connect(url, name=name)
     publisher = Publisher(connection)
     await publisher.start()
     models = (ModelSettings(name="m"),)
-    route = Route(RouteSettings(id=ROUTE, provider="fake", max_concurrency=slots, models=models), provider, models)
+    route, *others = [
+        Route(RouteSettings(id=id_, provider="fake", max_concurrency=slots, models=models), each, models)
+        for id_, each in [(ROUTE, provider), *((RouteId(f"{ROUTE}-{n}"), Fake()) for n in range(further))]
+    ]
     worker = Worker(
         connection,
         EventLog(connection, publisher, producer=name),
-        [route],
+        [route, *others],
         worker=name,
         settings=WorkerSettings(drain_s=drain_s),
         nats_settings=NatsSettings(),
     )
-    await worker.start()
+    try:
+        await worker.start()
+    except PenstockError:
+        await publisher.stop()
+        await connection.close()
+        raise
     return Station(worker, route, provider, connection, publisher)
 
 

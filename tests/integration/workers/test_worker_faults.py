@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bus.connection import Message, connect
+from bus import streams
+from bus.connection import API_TIMEOUT_S, BusUnavailable, Message, connect
 from bus.puller import Puller
 from bus.server import EmbeddedServer
 from bus.streams import ACK_WAIT_S, ensure_consumer, ensure_streams, job_consumer
@@ -22,12 +23,14 @@ from schemas.ids import RouteId
 from schemas.jobs import Job, Lane, Resend
 from schemas.settings import NatsSettings
 from tests.integration.workers.conftest import Hire
-from tests.integration.workers.rig import LAST, PIECE, ROUTE, Desk, Fake, Line, hangs, job_for, waits_for
+from tests.integration.workers.rig import LAST, PIECE, ROUTE, Desk, Fake, Line, Station, hangs, job_for, waits_for
 from tests.restarts import kill, restart
 from tests.stopwatch import Stopwatch
 from tests.waiting import eventually
 from workers import worker
 from workers.providers.base import Chunk
+
+FURTHER_ROUTES = 150  # to open them takes longer than for a job to come
 
 
 async def test_a_job_that_a_worker_took_with_it_is_delivered_again(
@@ -94,6 +97,55 @@ async def test_a_restart_at_work_costs_no_frame_no_receipt_and_no_slot(
         await eventually(lambda job=job: _chunks_of_distinct_frames(desk, job) == 301)
         assert (await eventually(lambda job=job: desk.receipt(job))).outcome == "completed"
     await eventually(lambda: station.idle and station.credit == 4)
+
+
+async def _hired_while_nats_falls_silent(hire: Hire, line: Line, gate: asyncio.Event) -> asyncio.Task[Station]:
+    """It has begun a job of its first route, and is opening the others, when what it says to NATS is lost."""
+
+    async def behave(_: Job) -> AsyncGenerator[Chunk, None]:
+        line.swallows = True
+        yield PIECE
+        await gate.wait()
+        yield LAST
+
+    hired = hire(url=await line.open(), provider=Fake(behave), further=FURTHER_ROUTES, drain_s=0.2)
+    hiring = asyncio.ensure_future(hired)
+    await eventually(lambda: line.swallows, what="the job has begun")
+    return hiring
+
+
+async def test_what_nats_does_not_answer_while_a_worker_starts_is_asked_again(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk
+) -> None:
+    line, gate = Line(nats_server), asyncio.Event()
+    job = await desk.publish()
+    hiring = await _hired_while_nats_falls_silent(hire, line, gate)
+    await asyncio.sleep(API_TIMEOUT_S + 0.3)
+    assert not hiring.done()
+    line.swallows = False
+    gate.set()
+    station = await hiring
+    assert len(station.worker.routes()) == FURTHER_ROUTES + 1
+    await eventually(lambda: desk.is_done(job))
+    last = await desk.publish(route=station.worker.routes()[-1])
+    await eventually(lambda: desk.is_done(last))
+    assert (await eventually(lambda: desk.receipt(job))).outcome == "completed"
+    await line.close()
+
+
+async def test_a_worker_that_gives_up_while_it_starts_leaves_a_receipt_for_what_it_had_begun(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "LEADERS_WAIT_S", 0.0)
+    line, gate = Line(nats_server), asyncio.Event()
+    job = await desk.publish()
+    hiring = await _hired_while_nats_falls_silent(hire, line, gate)
+    asyncio.get_running_loop().call_later(API_TIMEOUT_S + 0.5, setattr, line, "swallows", False)
+    with pytest.raises(BusUnavailable):
+        await hiring
+    receipt = await eventually(lambda: desk.receipt(job))
+    assert (receipt.outcome, receipt.tokens_sent) == ("handed_back", 1)
+    await line.close()
 
 
 @pytest.mark.parametrize("draining", [False, True])
