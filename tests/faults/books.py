@@ -17,7 +17,7 @@ said AS (
     SELECT
         request_id,
         min(producer) FILTER (kind = 'request.accepted') AS ingress,
-        count(*) FILTER (kind = 'attempt.finished') AS receipts,
+        count(*) FILTER (kind = 'attempt.finished' AND payload->>'$.worker' = coalesce(named, payload->>'$.worker')) AS receipts,
         coalesce(list_contains(
             list(epoch) FILTER (kind = 'attempt.finished' AND position < ended_at),
             max(epoch) FILTER (kind = 'request.finished')
@@ -28,7 +28,10 @@ said AS (
         count(*) FILTER (kind IN ('request.finished', 'request.rejected')) AS ended_events,
         coalesce(sum((payload->>'$.cost_pico')::BIGINT) FILTER (kind = 'request.finished'), 0)::BIGINT AS event_cost_pico
     FROM (
-        SELECT *, min(position) FILTER (kind = 'request.finished') OVER (PARTITION BY request_id) AS ended_at
+        SELECT
+            *,
+            min(position) FILTER (kind = 'request.finished') OVER (PARTITION BY request_id) AS ended_at,
+            max(payload->>'$.worker') FILTER (kind = 'request.finished') OVER (PARTITION BY request_id) AS named
         FROM events WHERE log = 'EVENTS' AND request_id IN (SELECT request_id FROM touched)
     )
     GROUP BY request_id

@@ -52,7 +52,7 @@ class Entry:
     attempts: int = 1
     migrations: int = 0
     ingress: str | None = None
-    receipts: int = 0  # of workers
+    receipts: int = 0  # of the worker that its end names: another one, which was not heard, tells nothing of the answer
     counted: bool = True  # the worker of the last attempt had left one when the request ended
     behind_text: int = 0  # how often another worker went on behind the text, where tokens can't be added up exactly
     announced: bool = True  # by an ingress that says that it is there; release 0.1.0's doesn't
