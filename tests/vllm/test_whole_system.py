@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import openai
@@ -85,13 +86,13 @@ async def test_slots_and_numbers_are_the_engines(sdk: OpenAI, own: Deployment) -
     assert second.prompt_tokens_details is not None
     cached = second.prompt_tokens_details.cached_tokens or 0
     assert 0 < cached < second.prompt_tokens
-    rows = own.sql("SELECT max(cached_tokens) AS cached FROM requests")
-    assert await eventually(lambda: rows[0]["cached"] == cached, what="the ledger's count")
+    asked_of_the_ledger = "SELECT max(cached_tokens) AS cached FROM requests"
+    await eventually(lambda: own.sql(asked_of_the_ledger)[0]["cached"] == cached, what="the ledger's count")
     told = await eventually(lambda: own.routes()["own"]["engine"], timeout_s=15, what="its numbers")
     assert told.keys() == {"running", "waiting", "cache_used", "prefix_asked", "prefix_found"}
     with always_one(sdk):
-        told = await eventually(lambda: running(own), timeout_s=30, what="what runs is told")
-        assert told["prefix_found"] >= cached
+        told_all = partial(numbers, own, running=1, found=cached)
+        await eventually(told_all, timeout_s=30, what="what runs and was found is told")
 
 
 @contextmanager
@@ -114,9 +115,10 @@ def always_one(sdk: OpenAI) -> Iterator[None]:
         asker.result()
 
 
-def running(own: Deployment) -> dict[str, Any] | None:
-    told: dict[str, Any] | None = own.routes()["own"]["engine"]
-    return told if told is not None and told["running"] == 1 else None
+def numbers(own: Deployment, *, running: int, found: int) -> bool:
+    """They are some seconds old: they may be those of the moment before the prompt was found."""
+    told = own.routes()["own"]["engine"]
+    return bool(told) and told["running"] == running and told["prefix_found"] >= found
 
 
 async def test_an_engine_that_is_killed_is_an_honest_error_at_once_and_is_back_by_itself(
