@@ -100,14 +100,15 @@ class Worker:
         self._state = WorkerState.SERVING
         await self._connection.listen(subjects.here(self.id), _nothing)
         await self._orphans.start()
+        # Before the routes: whoever takes jobs must be heard, however long NATS lets the next route wait.
+        self._forget = self._connection.on_reconnect(self._on_reconnect)
+        self._beat = asyncio.create_task(self._announce_regularly(), name="presence")
         try:
             for route in self._routes.values():
                 await self._open(route)
         except PenstockError:
             await self.drain()  # the routes that are open have taken jobs by now
             raise
-        self._forget = self._connection.on_reconnect(self._on_reconnect)
-        self._beat = asyncio.create_task(self._announce_regularly(), name="presence")
         await self.announce()
 
     async def add(self, route: Route) -> None:
@@ -164,11 +165,11 @@ class Worker:
         return list(self._routes)
 
     async def announce(self) -> None:
-        """Publishes this worker's presence."""
+        """Publishes this worker's presence, with the routes that are open or being opened."""
         presence = Presence(
             worker=self.id,
             state=self._state,
-            routes=tuple(route.offer() for route in self._routes.values()),
+            routes=tuple(route.offer() for route in self._routes.values() if route.intake is not None),
             started_ns=self._started_ns,
             version=self._version,
             listens=True,
@@ -306,9 +307,8 @@ class Worker:
     def _begin(self, route: Route, job: Job) -> None:
         """Says Started and runs the attempt; its slot is taken."""
         progress, report = Progress(), self._reporter(job)
-        task = asyncio.create_task(
-            self._serve(route, job, report, progress)
-        )  # its first step comes before Started is sent
+        # Its first step, which asks the engine, comes before Started is sent.
+        task = asyncio.create_task(self._serve(route, job, report, progress))
         report.started()
         # A callback and not the task's own finally: a task that is cancelled before its first step runs none of its body.
         task.add_done_callback(lambda _: self._free(route, job.nonce, report))

@@ -180,10 +180,11 @@ async def open_station(
 
 
 class Line:
-    """A cable to the server that can swallow what is said to it, and be cut."""
+    """A cable to the server that can swallow what is said to it, or *only* what has these bytes in it, and be cut."""
 
-    def __init__(self, server: EmbeddedServer) -> None:
+    def __init__(self, server: EmbeddedServer, *, only: bytes = b"") -> None:
         self.swallows = False
+        self.only = only
         self.swallowed = 0
         self._login, _, self._address = server.url.removeprefix("nats://").rpartition("@")
         self._listener: asyncio.Server | None = None
@@ -214,7 +215,7 @@ class Line:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool = False) -> None:
         while data := await reader.read(65536):
-            if up and self.swallows:
+            if up and self.swallows and self.only in data:
                 self.swallowed += len(data)
             else:
                 writer.write(data)

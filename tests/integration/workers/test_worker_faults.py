@@ -20,7 +20,7 @@ from bus.server import EmbeddedServer
 from bus.streams import ACK_WAIT_S, ensure_consumer, ensure_streams, job_consumer
 from schemas.frames import Delta, Finished, Started
 from schemas.ids import RouteId
-from schemas.jobs import Job, Lane, Resend
+from schemas.jobs import PRESENCE_EVERY_S, Job, Lane, Resend, WorkerState
 from schemas.settings import NatsSettings
 from tests.integration.workers.conftest import Hire
 from tests.integration.workers.rig import LAST, PIECE, ROUTE, Desk, Fake, Line, Station, hangs, job_for, waits_for
@@ -130,6 +130,29 @@ async def test_what_nats_does_not_answer_while_a_worker_starts_is_asked_again(
     last = await desk.publish(route=station.worker.routes()[-1])
     await eventually(lambda: desk.is_done(last))
     assert (await eventually(lambda: desk.receipt(job))).outcome == "completed"
+    await line.close()
+
+
+async def test_a_worker_is_heard_while_nats_keeps_one_of_its_routes_waiting(
+    nats_server: EmbeddedServer, hire: Hire, desk: Desk
+) -> None:
+    """Else its ingress would take it for lost, with what it has begun."""
+    line, gate = Line(nats_server, only=b"$JS.API.CONSUMER"), asyncio.Event()
+    job = await desk.publish()
+    hiring = await _hired_while_nats_falls_silent(hire, line, gate)
+    await eventually(lambda: desk.kinds(job) == [Started, Delta])
+    before = len(desk.presence)
+    await asyncio.sleep(2 * PRESENCE_EVERY_S + 0.3)
+    assert not hiring.done()
+    heard = desk.presence[before:]
+    assert len(heard) == 2
+    assert all(each.state is WorkerState.SERVING for each in heard)
+    assert all(0 < len(each.routes) <= FURTHER_ROUTES for each in heard)
+    line.swallows = False
+    gate.set()
+    await hiring
+    await eventually(lambda: desk.is_done(job))
+    await eventually(lambda: len(desk.presence[-1].routes) == FURTHER_ROUTES + 1)
     await line.close()
 
 
