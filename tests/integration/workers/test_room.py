@@ -51,7 +51,7 @@ async def test_a_route_that_shrinks_while_it_is_full_takes_nothing_until_there_i
 
 async def test_presence_carries_what_the_engine_says_of_itself(hire: Hire, desk: Desk) -> None:
     station = await hire()
-    await eventually(lambda: bool(desk.presence))
+    await eventually(lambda: bool(desk.presence[-1].routes), what="its route is open")
     assert desk.presence[-1].routes[0].engine is None
     stats = EngineStats(running=3, waiting=1, cache_used=0.25, prefix_asked=100, prefix_found=40)
     station.provider.said = stats
