@@ -285,9 +285,10 @@ async def test_settling_does_not_hang_on_a_server_that_is_away(nats_server: Embe
 
 
 async def test_settling_that_the_connection_breaks_under_leaves_nothing_at_the_server(
-    nats_server: EmbeddedServer,
+    nats_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reconnect, quicker than its wait, renews what was being ended: a pull's inbox that would swallow jobs."""
+    monkeypatch.setattr("bus.connection.SETTLE_TIMEOUT_S", 3.0)  # a busy machine takes a second to reconnect
     one, other = [await connect(nats_server.url, name=name) for name in ("one", "other")]
     subscription = await one.nc.subscribe("word", cb=_into([]))
     await one.nc.flush()
@@ -297,11 +298,12 @@ async def test_settling_that_the_connection_breaks_under_leaves_nothing_at_the_s
         breaking = asyncio.create_task(cut(one))
         await eventually(lambda: not one.is_up, every_s=0, what="the connection is lost")
     await breaking
+    assert not await one.has_listener("nobody", within_s=2.0)  # answered behind what the reconnect renewed
     assert await other.has_listener("word", within_s=0.2)  # renewed
     await settling
     await one.nc.flush()
     assert not await other.has_listener("word", within_s=0.2)
-    assert not one.nc._subs
+    assert subscription._id not in one.nc._subs
     await one.close()
     await other.close()
 
