@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import nats.errors
 import structlog
-from nats.aio.client import PING_PROTO
+from nats.aio.client import DEFAULT_FLUSH_TIMEOUT, PING_PROTO
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg as Message
 from nats.protocol.parser import AWAITING_CONTROL_LINE, Parser
@@ -24,6 +24,7 @@ KEEPS_CONNECTION = ("permissions violation", "stale connection")  # what nats-py
 NO_STATUS = b"NATS/1.0\r\n"  # how headers begin that are a publisher's: they are the stream's to read
 
 OnHeard = Callable[[Message], None]
+T = TypeVar("T")
 
 
 class Client(NatsClient):
@@ -33,7 +34,8 @@ class Client(NatsClient):
     does over the answer to a flush that nobody waits for any more; this one reconnects, and expects that answer. It
     writes a PING ahead of what waits to be written, so that a flush says nothing of that; this one writes it behind. It
     gives reconnecting up for good over an error that it doesn't expect: this one goes on. It lets an error of its transport out
-    to whoever happens to publish: for this one the connection is lost.
+    to whoever happens to publish: for this one the connection is lost. It keeps a cancellation to itself where it flushes, and
+    the task that was to end goes on: this one ends.
 
     It reads through a stream, a task, three regular expressions, a queue and another task. This one hands messages of the
     subscriptions `at_once` on as they come from the socket, where nothing before them waits for nats-py, and of headers it
@@ -151,7 +153,7 @@ class Client(NatsClient):
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         """The transport of uvloop raises a RuntimeError where it was closed under us, which nobody who publishes expects."""
         try:
-            return await super()._flush_pending(force_flush)
+            return await _ended_with(super()._flush_pending(force_flush))
         except RuntimeError as error:
             log.debug("connection_error", error=type(error).__name__)
             await self._process_op_err(nats.errors.UnexpectedEOF())
@@ -165,6 +167,9 @@ class Client(NatsClient):
                 await self._error_cb(error)
                 await asyncio.sleep(RECONNECT_WAIT_S)
         return None
+
+    async def flush(self, timeout: int = DEFAULT_FLUSH_TIMEOUT) -> None:  # noqa: ASYNC109 - nats-py's
+        await _ended_with(super().flush(timeout))
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
         if not self.is_connected:
@@ -186,6 +191,19 @@ class Client(NatsClient):
             error = nats.errors.Error(f"nats: {err_msg}")
             await self._error_cb(error)
             await self._process_op_err(error)
+
+
+async def _ended_with(waiting: Awaitable[T]) -> T:
+    """What *waiting* gives; a cancellation that ended it, and that it kept to itself, is raised.
+
+    nats-py does so in one place; `asyncio.wait_for` does it before Python 3.12, where what it waits for comes in the same turn.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+    given = await waiting
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return given
 
 
 def _hand(on_message: OnHeard, message: Message) -> None:

@@ -134,3 +134,29 @@ def _plain_subscriber(url: str, subject: str, got: threading.Event) -> socket.so
     threading.Thread(target=listen, daemon=True).start()
     time.sleep(0.01)
     return sock
+
+
+async def test_who_is_cancelled_as_the_server_answers_is_cancelled(
+    connection: Connection, nats_server: EmbeddedServer
+) -> None:
+    """Else a task that flushes in a loop outlives its end: a worker that NATS came back to just then never ended."""
+    with frozen(nats_server.pid):
+        flushing = asyncio.create_task(connection.nc.flush())
+        await eventually(lambda: connection.nc._pongs, every_s=0, what="it waits for the server")
+        connection.nc._pongs[0].set_result(True)
+        flushing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await flushing
+    await connection.nc.flush()  # the answer to the first one was expected
+
+
+async def test_who_is_cancelled_as_there_is_room_is_cancelled(
+    connection: Connection, nats_server: EmbeddedServer
+) -> None:
+    """nats-py's own waiting for room takes a cancellation for none."""
+    with frozen(nats_server.pid):
+        waiting = asyncio.create_task(connection.nc._flush_pending(force_flush=True))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
