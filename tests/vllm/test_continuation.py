@@ -51,8 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
     "newer limit": asking(GREETING, max_completion_tokens=21),
     "repetition penalty": asking(HELLO, repetition_penalty=1.1, max_tokens=40),
     "bias": asking(COUNT, logit_bias={"100": 1.5}, max_tokens=30),
-    "garbage": asking(HELLO, logit_bias={"2": -100}, max_tokens=120),  # the end of the answer is forbidden
-    "garbage with a stop": asking(HELLO, logit_bias={"2": -100}, max_tokens=120, stop=["qqq", "\n\n\n"]),
+    "garbage": asking(HELLO, logit_bias={"2": -100}, max_tokens=60),  # the end of the answer is forbidden
+    "garbage with a stop": asking(HELLO, logit_bias={"2": -100}, max_tokens=60, stop=["qqq", "\n\n\n"]),
     "parts": {**asking(HELLO), "messages": [{"role": "user", "content": [{"type": "text", "text": HELLO.question}]}]},
     "tools that may not be called": asking(HELLO, tools=[WEATHER_TOOL], tool_choice="none", max_tokens=30),
 }
