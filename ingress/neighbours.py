@@ -23,8 +23,8 @@ from schemas.ids import IngressId, RequestId
 
 log = structlog.get_logger()
 
-FIND_WAIT_S = 0.3  # for the one that has it to say so; the others say nothing
-HOLD_S = 1.0  # how long it waits for something to tell
+FIND_WAIT_S = 1.0  # for the one that has it to say so, which it does at once; the others say nothing
+HOLD_S = 1.0  # how long it waits for something to tell, asked for more
 ANSWER_WAIT_S = HOLD_S + 2.0
 LEASE_S = ANSWER_WAIT_S + 1.0  # for the next question; then whoever asked is gone
 PAGE_BYTES_MAX = 4 * 1024 * 1024  # as base64 it has to fit into a message
@@ -81,7 +81,8 @@ class Neighbours:
 
     async def _answer(self, msg: Message) -> None:
         try:
-            page = await self._page(codec.decode_ask(msg.data))
+            hold_s = 0.0 if msg.subject == subjects.EVERY_INGRESS else HOLD_S
+            page = await self._page(codec.decode_ask(msg.data), hold_s=hold_s)
         except AnswerNotFound as error:
             if msg.subject == subjects.EVERY_INGRESS:
                 return  # it may be another's
@@ -96,8 +97,8 @@ class Neighbours:
         except BusUnavailable as error:
             log.debug("page_not_sent", error=error.message)
 
-    async def _page(self, ask: Ask) -> Page:
-        """Raises: AnswerNotFound, AnswerNotKept, BadRequest."""
+    async def _page(self, ask: Ask, *, hold_s: float) -> Page:
+        """What there is, waited for until *hold_s* is over if there is nothing. Raises: AnswerNotFound, AnswerNotKept, BadRequest."""
         if self._archive is None:
             raise AnswerNotFound
         transcript = self._archive.find(Owner(ask.org, ask.key_id), ask.request_id)
@@ -106,7 +107,7 @@ class Neighbours:
         asyncio.get_running_loop().call_later(LEASE_S, reader.close)
         body, ended = b"", False
         try:
-            async with asyncio.timeout(HOLD_S):
+            async with asyncio.timeout(hold_s):
                 await reader.begun()
                 body = await reader.next()
                 ended = not body

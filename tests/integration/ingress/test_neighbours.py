@@ -104,6 +104,23 @@ async def test_a_stream_that_runs_is_continued_at_another_ingress(
     assert (await gateway.ending(stream.request_id))["status"] == "completed"
 
 
+@pytest.mark.parametrize("cut", [0, 2])
+async def test_a_stream_that_is_silent_for_a_while_is_found_at_another_ingress(
+    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession, cut: int
+) -> None:
+    """A model that thinks has nothing to tell when its client comes back; nor has one that hasn't begun."""
+    mock.script(tokens=4, pace_s=1.5)
+    async with Stream(gateway.base_url) as stream:
+        await stream.begin(body(stream=True), **{"x-penstock-resume": "2"})
+        await stream.read_events(cut)
+        request_id = stream.request_id
+    async with again(session, other, request_id, after=cut) as answer:
+        assert answer.status == 200
+        rest = await answer.read()
+    whole = b"".join(events_of(stream.raw)[:cut]) + b"".join(events_of(rest))
+    assert text_of(whole) == "w0 w1 w2 w3"
+
+
 async def test_a_request_whose_reader_left_another_ingress_is_cancelled(
     gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
