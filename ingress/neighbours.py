@@ -18,7 +18,7 @@ from ingress.reader import Reader
 from ingress.transcript import Owner
 from schemas import codec, subjects
 from schemas.again import Ask, Page
-from schemas.errors import AnswerNotFound, AnswerNotKept, BadRequest, PenstockError
+from schemas.errors import AnswerNotFound, AnswerNotKept, BadRequest, PenstockError, QueueUnavailable
 from schemas.ids import IngressId, RequestId
 
 log = structlog.get_logger()
@@ -47,9 +47,14 @@ class Neighbours:
         self._archive = archive
 
     async def find(self, owner: Owner, request_id: RequestId, *, after: int) -> FarReader:
-        """A reader of what another ingress has. Raises: AnswerNotFound, AnswerNotKept, BadRequest."""
+        """A reader of what another ingress has. Raises: AnswerNotFound, AnswerNotKept, BadRequest, QueueUnavailable."""
         ask = Ask(request_id=request_id, org=owner.org, key_id=owner.key_id, after=after)
-        return await self._read(ask, subjects.EVERY_INGRESS, within_s=FIND_WAIT_S)
+        try:
+            return await self._read(ask, subjects.EVERY_INGRESS, within_s=FIND_WAIT_S)
+        except AnswerNotFound:
+            if not self._connection.is_up:  # nobody could be asked: it may be there
+                raise QueueUnavailable from None
+            raise
 
     async def read(self, ask: Ask, ingress: IngressId) -> FarReader:
         """A reader of what *ingress* has. Raises: AnswerNotFound, also if it is gone; AnswerNotKept, BadRequest."""

@@ -168,7 +168,7 @@ class Replays:
         await follow(reader, Client(scope, receive, send), headers=[REPLAYED])
 
     async def _find(self, principal: Principal, request_id: RequestId, *, after: int) -> Reader | FarReader:
-        """Raises: AnswerNotFound, AnswerNotKept, BadRequest, LogUnavailable."""
+        """Raises: AnswerNotFound, AnswerNotKept, BadRequest, LogUnavailable, QueueUnavailable."""
         owner = _owner(principal)
         try:
             transcript = self.archive.find(owner, request_id)

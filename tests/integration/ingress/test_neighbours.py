@@ -16,6 +16,7 @@ from bus.server import EmbeddedServer
 from ingress.elsewhere import GIVE_BACK_WAIT_S
 from ingress.neighbours import LEASE_S
 from schemas.again import Holder
+from schemas.ids import new_id
 from schemas.settings import IngressSettings
 from tests.integration.ingress.gateway import (
     ADMIN_KEY,
@@ -119,6 +120,22 @@ async def test_a_stream_that_is_silent_for_a_while_is_found_at_another_ingress(
         rest = await answer.read()
     whole = b"".join(events_of(stream.raw)[:cut]) + b"".join(events_of(rest))
     assert text_of(whole) == "w0 w1 w2 w3"
+
+
+async def test_while_nobody_can_be_asked_it_is_not_said_to_be_nowhere(
+    other: IngressUnderTest, nats_server: EmbeddedServer, session: aiohttp.ClientSession
+) -> None:
+    await nats_server.stop()
+    await eventually(lambda: not other.connection.is_up)
+    async with again(session, other, new_id()) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "queue_unavailable")
+    await nats_server.start()
+
+    async def is_nowhere() -> bool:
+        async with again(session, other, new_id()) as answer:
+            return answer.status == 404
+
+    await eventually(is_nowhere)
 
 
 async def test_a_request_whose_reader_left_another_ingress_is_cancelled(
