@@ -85,11 +85,11 @@ class Neighbours:
             task.add_done_callback(self._answering.discard)
 
     async def _answer(self, msg: Message) -> None:
+        sought = msg.subject == subjects.EVERY_INGRESS
         try:
-            hold_s = 0.0 if msg.subject == subjects.EVERY_INGRESS else HOLD_S
-            page = await self._page(codec.decode_ask(msg.data), hold_s=hold_s)
+            page = await self._page(codec.decode_ask(msg.data), hold_s=0.0 if sought else HOLD_S)
         except AnswerNotFound as error:
-            if msg.subject == subjects.EVERY_INGRESS:
+            if sought:
                 return  # it may be another's
             page = self._refusal(error)
         except PenstockError as error:

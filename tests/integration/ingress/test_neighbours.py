@@ -87,12 +87,17 @@ async def test_an_answer_without_a_stream_is_there_too(
         assert rest.headers["content-length"] == str(len(whole))
 
 
-@pytest.mark.parametrize("cut", [1, 6])
+@pytest.mark.parametrize("case", [(1, 30, 0.1), (6, 30, 0.1), (2, 4, 1.5)])
 async def test_a_stream_that_runs_is_continued_at_another_ingress(
-    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession, cut: int
+    gateway: Gateway,
+    other: IngressUnderTest,
+    mock: MockProvider,
+    session: aiohttp.ClientSession,
+    case: tuple[int, int, float],
 ) -> None:
-    """For longer than its client may be away: who reads there is attached here."""
-    mock.script(tokens=30, pace_s=0.1)
+    """For longer than its client may be away: who reads there is attached here. A model that thinks has nothing to tell meanwhile."""
+    cut, tokens, pace_s = case
+    mock.script(tokens=tokens, pace_s=pace_s)
     async with Stream(gateway.base_url) as stream:
         await stream.begin(body(stream=True), **{"x-penstock-resume": "2"})
         await stream.read_events(cut)
@@ -100,26 +105,9 @@ async def test_a_stream_that_runs_is_continued_at_another_ingress(
         rest = await answer.read()
     whole = b"".join(events_of(stream.raw)[:cut]) + b"".join(events_of(rest))
     assert ids_of(whole) == list(range(1, len(events_of(whole)) + 1))
-    assert text_of(whole) == " ".join(f"w{number}" for number in range(30))
+    assert text_of(whole) == " ".join(f"w{number}" for number in range(tokens))
     assert len(mock.seen) == 1
     assert (await gateway.ending(stream.request_id))["status"] == "completed"
-
-
-@pytest.mark.parametrize("cut", [0, 2])
-async def test_a_stream_that_is_silent_for_a_while_is_found_at_another_ingress(
-    gateway: Gateway, other: IngressUnderTest, mock: MockProvider, session: aiohttp.ClientSession, cut: int
-) -> None:
-    """A model that thinks has nothing to tell when its client comes back; nor has one that hasn't begun."""
-    mock.script(tokens=4, pace_s=1.5)
-    async with Stream(gateway.base_url) as stream:
-        await stream.begin(body(stream=True), **{"x-penstock-resume": "2"})
-        await stream.read_events(cut)
-        request_id = stream.request_id
-    async with again(session, other, request_id, after=cut) as answer:
-        assert answer.status == 200
-        rest = await answer.read()
-    whole = b"".join(events_of(stream.raw)[:cut]) + b"".join(events_of(rest))
-    assert text_of(whole) == "w0 w1 w2 w3"
 
 
 async def test_while_nobody_can_be_asked_it_is_not_said_to_be_nowhere(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.waiting import eventually
 from workers.providers.base import Provider
 from workers.providers.turns import BUSY_STREAMS
 
+ROUNDS_MAX = 3  # a busy machine may hold one stream up until the others are over: then it is alone
 TEXT = "Grüße, 世界! 🦊 " * 20
 
 
@@ -93,10 +93,14 @@ async def test_many_fast_streams_come_whole_and_in_fewer_pieces(provider: Provid
         return turns, tokens
 
     alone = await pieces()
-    among_many = await asyncio.gather(*[pieces() for _ in range(2 * BUSY_STREAMS)])
-    assert {tokens for _, tokens in [alone, *among_many]} == {40}
     assert alone[0] > 20
-    assert statistics.median(turns for turns, _ in among_many) < alone[0] / 2
+    for _ in range(ROUNDS_MAX):
+        among_many = await asyncio.gather(*[pieces() for _ in range(2 * BUSY_STREAMS)])
+        assert {tokens for _, tokens in [alone, *among_many]} == {40}
+        most = max(turns for turns, _ in among_many)
+        if most < alone[0] / 2:
+            break
+    assert most < alone[0] / 2
 
 
 async def test_reasoning_is_passed_on_and_counted(provider: Provider) -> None:
