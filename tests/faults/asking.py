@@ -7,7 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import httpx
+import anyio
+import httpx2
 import openai
 from openai.types.chat import ChatCompletionChunk
 
@@ -43,16 +44,17 @@ async def read_on(pick: Callable[[], openai.AsyncOpenAI], record: Record, *, tri
 async def _heard(record: Record, asking: Awaitable[None], leaves_after_s: float | None = None) -> None:
     record.end = End.SILENT
     try:
-        async with asyncio.timeout(leaves_after_s):
+        # not asyncio.timeout: who is cancelled by that while httpx closes several connections leaves them open but the first
+        with anyio.move_on_after(leaves_after_s) as staying:
             await asking
-    except TimeoutError:
-        record.end = End.LEFT
+        if staying.cancelled_caught:
+            record.end = End.LEFT
     except openai.APITimeoutError:
         record.end = End.HUNG
     except openai.APIStatusError as error:
         record.end, record.status, record.code = End.FAILED, error.status_code, error.code
         record.request_id = error.request_id or record.request_id
-    except (openai.APIConnectionError, httpx.HTTPError):
+    except (openai.APIConnectionError, httpx2.HTTPError):
         record.end = End.BROKEN
     except openai.APIError as error:  # said in the stream
         record.end, record.code = End.FAILED, error.code
@@ -109,7 +111,7 @@ def _asked(record: Record, headers: dict[str, str]) -> dict[str, Any]:
     return {"model": record.model, "messages": record.prompt.messages, "extra_headers": keyed}
 
 
-def _note_head(record: Record, response: httpx.Response) -> None:
+def _note_head(record: Record, response: httpx2.Response) -> None:
     record.status = response.status_code
     record.request_id = response.headers.get("x-request-id")
     record.attempts = int(response.headers.get("x-penstock-attempts", "1"))
