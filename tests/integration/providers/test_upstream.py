@@ -420,7 +420,7 @@ async def test_what_may_be_taken_together_waits_until_it_is_taken() -> None:
         await say.wait()
 
     async with serving(speak) as (_, port), calling(f"http://127.0.0.1:{port}") as upstream:
-        until = patience(0.5)
+        until = patience()
         answer = await upstream.ask("GET", "/models", patience=until)
         assert await answer.read(until) == b"1"
         reading = asyncio.create_task(answer.read(until, gather=gather))
