@@ -137,6 +137,10 @@ class Archive:
             raise IdempotencyKeyReused
         return transcript
 
+    def is_claimed(self, request_id: RequestId) -> bool:
+        """Whether who tries again with its Idempotency-Key is told what it was."""
+        return request_id in self._claims
+
     def find(self, owner: Owner, request_id: RequestId) -> Transcript:
         """Raises: AnswerNotFound, also if it is somebody else's."""
         self._expire()

@@ -136,7 +136,7 @@ class ChatCompletions:
         visit.body = body
         visit.request = request = decode_request(body)
         visit.wish = wish = wish_of(scope["headers"], resume_s=self._settings.resume_s)
-        if (earlier := self.replays.earlier(wish, principal, body)) is not None:
+        if (earlier := await self.replays.earlier(wish, principal, body)) is not None:
             return earlier
         if not self._services.queue.is_up:
             raise QueueUnavailable

@@ -65,7 +65,7 @@ class Elsewhere:
         holder = held.holder
         if holder.ingress == self._ingress:
             return None
-        ask = Ask(request_id=holder.request_id, org=claim.owner.org, key_id=claim.owner.key_id)
+        ask = Ask(request_id=holder.request_id, org=claim.owner.org, key_id=claim.owner.key_id, claimed=True)
         try:
             return await self._neighbours.read(ask, holder.ingress)
         except AnswerNotFound:

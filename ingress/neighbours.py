@@ -113,6 +113,10 @@ class Neighbours:
         body, ended = b"", False
         try:
             async with asyncio.timeout(hold_s):
+                if transcript.is_deserted:
+                    await transcript.over()
+                if ask.claimed and not self._archive.is_claimed(ask.request_id):
+                    raise AnswerNotFound
                 await reader.begun()
                 body = await reader.next()
                 ended = not body
@@ -180,7 +184,10 @@ class FarReader:
     async def wait(self) -> None:
         """Asks on, once. Raises: AnswerNotKept, also if who has it is gone: its client is cut off, and may ask again."""
         after = self._page.last if self._page.body else self._ask.after
-        self._ask = msgspec.structs.replace(self._ask, after=after)
+        claimed = (
+            self._ask.claimed and not self.status
+        )  # what has begun is read to its end, whatever becomes of the key
+        self._ask = msgspec.structs.replace(self._ask, after=after, claimed=claimed)
         try:
             self._page = await self._neighbours.ask(self._ask, self._subject)
         except (BusUnavailable, AnswerNotFound, BadRequest) as error:

@@ -95,10 +95,10 @@ class Replays:
         self._control = control
         self._resume_s = settings.resume_s
 
-    def earlier(self, wish: Wish, principal: Principal, body: bytes) -> Transcript | None:
+    async def earlier(self, wish: Wish, principal: Principal, body: bytes) -> Transcript | None:
         """The answer to an earlier try of the same request, which may still be on its way.
 
-        Raises: IdempotencyKeyReused, AnswerNotKept, AnswerNotFound, BadRequest, LogUnavailable.
+        Raises: IdempotencyKeyReused, AnswerNotKept, AnswerNotFound, BadRequest, LogUnavailable, Stopping.
         """
         if wish.key is None:
             if wish.after is not None:
@@ -107,7 +107,7 @@ class Replays:
                     "GET /v1/chat/completions/{id of the completion or of the request}."
                 )
             return None
-        transcript = self.archive.find_claim(Claim(_owner(principal), wish.key), body=body)
+        transcript = await self._claimed(Claim(_owner(principal), wish.key), body)
         if transcript is not None:
             after = wish.after or 0
             transcript.check(after)
@@ -181,6 +181,21 @@ class Replays:
         transcript.check(after)
         self._note(request_id, principal, by="last_event_id", after=after, running=not transcript.ended)
         return Reader(transcript, after=after)
+
+    async def _claimed(self, claim: Claim, body: bytes) -> Transcript | None:
+        """What *claim* is for. A request that is being cancelled is waited for, as its key may be free then.
+
+        Raises: IdempotencyKeyReused, Stopping.
+        """
+        transcript = self.archive.find_claim(claim, body=body)
+        if transcript is None or not transcript.is_deserted:
+            return transcript
+        try:
+            await transcript.over()
+        except asyncio.CancelledError:  # the process stops
+            uncancel()
+            raise Stopping from None
+        return self.archive.find_claim(claim, body=body)
 
     async def _run(
         self,

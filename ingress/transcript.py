@@ -142,7 +142,13 @@ class Transcript:
 
     @property
     def is_deserted(self) -> bool:
+        """Whether its request is being cancelled, or was."""
         return self._deserted.is_set()
+
+    async def over(self) -> None:
+        """Returns when it has ended."""
+        while not self.ended:
+            await self.waiter()
 
     def attach(self) -> None:
         self.attached += 1

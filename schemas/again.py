@@ -16,12 +16,16 @@ class Holder(Struct, frozen=True, kw_only=True):
 
 
 class Ask(Struct, frozen=True, kw_only=True):
-    """For what follows event *after* of what was told to the client with this key."""
+    """For what follows event *after* of what was told to the client with this key.
+
+    *claimed*: because of an Idempotency-Key, which may be free by now; then there is nothing to be told.
+    """
 
     request_id: RequestId
     org: OrgId
     key_id: KeyId
     after: int = 0
+    claimed: bool = False
 
 
 class Page(Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from typing import Any, Self
 import aiohttp
 import msgspec
 import openai
+import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
@@ -34,6 +35,7 @@ from ingress.protocol import WRITE_TIMEOUT_S, bounded_protocol
 from ingress.relay import Switchboard
 from ingress.router import Router
 from schemas import subjects
+from schemas.again import Holder
 from schemas.control import Role
 from schemas.ids import IngressId, RouteId, WorkerId, new_name
 from schemas.jobs import Timeouts
@@ -413,3 +415,14 @@ class Wire:
             return await self.reader.read(1) == b""
         except ConnectionError:
             return True
+
+
+def slow_to_give_back(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
+    """An Idempotency-Key is free only so long after its request has ended without a cost."""
+    give_back = Claims.give_back
+
+    async def slowly(claims: Claims, name: str, holder: Holder) -> None:
+        await asyncio.sleep(delay_s)
+        await give_back(claims, name, holder)
+
+    monkeypatch.setattr(Claims, "give_back", slowly)

@@ -23,6 +23,7 @@ from tests.integration.ingress.gateway import (
     body,
     headers_of,
     sdk,
+    slow_to_give_back,
 )
 from tests.mock_provider import MockProvider
 from tests.waiting import eventually
@@ -188,8 +189,10 @@ async def test_a_retry_that_comes_after_the_request_was_cancelled_is_told_so_and
 
 
 async def test_the_key_of_a_request_that_was_cancelled_in_the_queue_is_free_again(
-    open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession
+    open_gateway: OpenGateway, mock: MockProvider, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Who comes while it is still about to be waits for that."""
+    slow_to_give_back(monkeypatch, 0.5)
     gateway = await open_gateway(slots=1)
     mock.script(tokens=3, pace_s=0.5)
     first = asyncio.create_task(ask(session, gateway, body("first"), bearer()))
@@ -197,11 +200,11 @@ async def test_the_key_of_a_request_that_was_cancelled_in_the_queue_is_free_agai
     async with Wire(gateway.base_url) as wire:
         wire.ask(body("second"), **{"Idempotency-Key": "order-1", "x-penstock-resume": "0"})
         await gateway.jobs_waiting(1)
-    await gateway.jobs_waiting(0)
     assert (await gateway.ending())["cost_pico"] == 0
     status, headers, _ = await ask(session, gateway, body("second"), keyed())
     assert status == 200
     assert "x-penstock-replayed" not in headers
+    await gateway.jobs_waiting(0)
     await first
 
 
