@@ -39,7 +39,7 @@ async def test_nobody_there_is_a_clear_error_in_time_that_keeps_the_secret(url: 
     watch = Stopwatch()
     with pytest.raises(SetupError, match=address) as told:
         await connect(url.format(secret=SECRET, address=address), name="test", wait_s=0.3)
-    assert watch.s < 1.0
+    assert watch.s < 3.0
     assert "no NATS server could be reached" in told.value.message
     assert SECRET not in _all_that_it_says(told.value)
 

@@ -170,12 +170,12 @@ async def test_workers_are_not_lost_because_we_did_not_hear_them_for_a_while(
     open_gateway: OpenGateway, nats_server: EmbeddedServer, mock: MockProvider, session: aiohttp.ClientSession
 ) -> None:
     """The worker's own connection may come back a little after ours."""
-    gateway = await open_gateway(lost_after_s=2.0)
-    mock.script(tokens=150, pace_s=0.03)
+    gateway = await open_gateway(lost_after_s=3.0)
+    mock.script(tokens=180, pace_s=0.03)
     async with Lines(session, gateway.chat_url, body(stream=True)) as stream:
         await stream.next()
         await kill(nats_server)
-        await asyncio.sleep(2.2)
+        await asyncio.sleep(3.2)
         await nats_server.start()
         assert (await stream.rest())[-1] == b"data: [DONE]"
 
