@@ -184,9 +184,8 @@ class FarReader:
     async def wait(self) -> None:
         """Asks on, once. Raises: AnswerNotKept, also if who has it is gone: its client is cut off, and may ask again."""
         after = self._page.last if self._page.body else self._ask.after
-        claimed = (
-            self._ask.claimed and not self.status
-        )  # what has begun is read to its end, whatever becomes of the key
+        # What has begun is read to its end, whatever becomes of its key.
+        claimed = self._ask.claimed and not self.status
         self._ask = msgspec.structs.replace(self._ask, after=after, claimed=claimed)
         try:
             self._page = await self._neighbours.ask(self._ask, self._subject)
