@@ -15,7 +15,7 @@ from starlette.types import Receive
 from bus.connection import BusUnavailable, Connection, Message
 from ingress.archive import Archive
 from ingress.reader import Reader
-from ingress.transcript import Owner
+from ingress.transcript import Owner, Transcript
 from schemas import codec, subjects
 from schemas.again import Ask, Page
 from schemas.errors import AnswerNotFound, AnswerNotKept, BadRequest, PenstockError, QueueUnavailable
@@ -113,10 +113,8 @@ class Neighbours:
         body, ended = b"", False
         try:
             async with asyncio.timeout(hold_s):
-                if transcript.is_deserted:
-                    await transcript.over()
-                if ask.claimed and not self._archive.is_claimed(ask.request_id):
-                    raise AnswerNotFound
+                if ask.claimed:
+                    await self._check_claim(self._archive, transcript)
                 await reader.begun()
                 body = await reader.next()
                 ended = not body
@@ -133,6 +131,13 @@ class Neighbours:
             ended=ended or (transcript.ended and reader.after == transcript.last),
             over=transcript.ended,
         )
+
+    async def _check_claim(self, archive: Archive, transcript: Transcript) -> None:
+        """A request that is being cancelled is waited for. Raises: AnswerNotFound if its key is free."""
+        if transcript.is_deserted:
+            await transcript.over()
+        if not archive.is_claimed(transcript.request_id):
+            raise AnswerNotFound
 
     def _refusal(self, error: PenstockError) -> Page:
         return Page(ingress=self._ingress, refused=error.code, message=error.message)

@@ -44,7 +44,7 @@ async def read_on(pick: Callable[[], openai.AsyncOpenAI], record: Record, *, tri
 async def _heard(record: Record, asking: Awaitable[None], leaves_after_s: float | None = None) -> None:
     record.end = End.SILENT
     try:
-        # not asyncio.timeout: who is cancelled by that while httpx closes several connections leaves them open but the first
+        # Not asyncio.timeout: who is cancelled by that while httpx closes several connections leaves them open but the first
         with anyio.move_on_after(leaves_after_s) as staying:
             await asking
         if staying.cancelled_caught:

@@ -59,11 +59,7 @@ async def test_who_leaves_at_once_leaves_no_connection_open_that_had_broken(link
     await asyncio.gather(*(ask(client, record) for record in records))
     assert [record.end for record in records] == [End.COMPLETED] * CLIENTS
     link.cut()
-
-    async def gone() -> bool:
-        return len(link) == 0
-
-    await eventually(gone, timeout_s=5, what="the cut")
+    await eventually(lambda: len(link) == 0, what="the cut")
     record = _record()
     await ask(client, record, leaves_after_s=0.0)  # in the moment in which it lets go of the broken ones
     assert record.end is End.LEFT

@@ -200,11 +200,11 @@ async def test_the_key_of_a_request_that_was_cancelled_in_the_queue_is_free_agai
     async with Wire(gateway.base_url) as wire:
         wire.ask(body("second"), **{"Idempotency-Key": "order-1", "x-penstock-resume": "0"})
         await gateway.jobs_waiting(1)
+    await gateway.jobs_waiting(0)
     assert (await gateway.ending())["cost_pico"] == 0
     status, headers, _ = await ask(session, gateway, body("second"), keyed())
     assert status == 200
     assert "x-penstock-replayed" not in headers
-    await gateway.jobs_waiting(0)
     await first
 
 
